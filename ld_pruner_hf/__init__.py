@@ -1,0 +1,30 @@
+"""Score and prune the denoiser of any diffusers pipeline (LD-Pruner, arXiv 2404.11936).
+
+    import ld_pruner_hf                                  # adds score, prune and profile to every DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(...)
+    plan = pipe.prune(10)                                # in place: exactly 10 operators
+    pipe.save_pretrained("pruned")                       # and back: DiffusionPipeline.from_pretrained("pruned")
+"""
+
+from . import modeling as _modeling
+from . import pipeline as _pipeline
+from .modeling import plan_of
+from .operators import find_operators
+from .pipeline import LDPrunerMixin, make_plan, profile, prune, score
+from .plan import Modification, Operator, OutputRule, PlanError, PruningPlan, StandInSpec
+from .profiling import Profile
+from .scores import CRITERIA, OperatorScore, OperatorScores
+from .scoring import score_operators
+from .selection import top_k
+from .surgery import applied, apply_plan_
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CRITERIA", "LDPrunerMixin", "Modification", "Operator", "OperatorScore", "OperatorScores", "OutputRule", "PlanError",
+    "Profile", "PruningPlan", "StandInSpec", "applied", "apply_plan_", "find_operators", "make_plan", "plan_of", "profile",
+    "prune", "score", "score_operators", "top_k",
+]  # fmt: skip
+
+_modeling.install()
+_pipeline.install()

@@ -1,0 +1,358 @@
+"""Running a pipeline to its final latents: which model denoises, with which conditions and seeds, leaving no trace.
+
+The decoder never runs, and everything that a pipeline call changes (scheduler, random state, training flags, private
+attributes) is put back, also after an error or Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+Condition = dict[str, Any]
+
+# Components that denoise in diffusers' pipelines, by the attribute's name; any other name is found by watching a call.
+USUAL_DENOISERS = ("unet", "transformer", "prior")
+
+
+def default_prompts() -> list[str]:
+    """The 50 built-in prompts: everyday scenes, styles and objects (LD-Pruner, section 2.4, uses 50 prompts)."""
+    text = resources.files("ld_pruner_hf").joinpath("prompts.txt").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line]
+
+
+# ---- which model -----------------------------------------------------------------------------------------------------
+
+
+def modules_of(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's components that are torch modules, by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def find_denoiser(pipe: Any, component: str | None = None, **call: Any) -> str:
+    """Name of the component that denoises.
+
+    `component` if given; else a usual name (`unet`, `transformer`, `prior`); else the module whose forward ran last
+    before the first scheduler step of one real call with the arguments `call`.
+
+    Raises:
+        ValueError: no such component, or none that denoises.
+    """
+    modules = modules_of(pipe)
+    where = type(pipe).__name__
+    if component is not None:
+        if component not in modules:
+            raise ValueError(f"{where}: no component {component!r} to prune; it has {sorted(modules)}")
+        return component
+    for name in USUAL_DENOISERS:
+        if name in modules:
+            return name
+    if not modules or not hasattr(pipe, "scheduler"):
+        raise ValueError(
+            f"{where}: no denoiser found among its components {sorted(pipe.components)}; name one with component=..., "
+            "or pass the model itself with example_inputs to ld_pruner_hf.find_operators"
+        )
+    last: list[str] = []
+    handles = [m.register_forward_hook(lambda *_, name=n: last.append(name)) for n, m in modules.items()]
+    try:
+        final_latents(pipe, call, seeds=[0], stop_after=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not last:
+        raise ValueError(f"{where}: none of {sorted(modules)} ran before a scheduler step; name one with component=...")
+    return last[-1]
+
+
+# ---- conditions ------------------------------------------------------------------------------------------------------
+
+
+def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(type(pipe).__call__).parameters)
+
+
+def check_call_arguments(pipe: Any, names: Sequence[str]) -> None:
+    """Raise ValueError if the pipeline's call takes none of these names."""
+    parameters = call_parameters(pipe)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    unknown = [n for n in names if n not in parameters]
+    if unknown:
+        known = [n for n in parameters if n != "self"]
+        raise ValueError(f"{type(pipe).__name__} takes no argument {unknown}; its call takes {known}")
+
+
+def steps_argument(pipe: Any, num_inference_steps: int | None) -> Condition:
+    """The number of denoising steps under the name that this pipeline uses."""
+    if num_inference_steps is None:
+        return {}
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, expected a positive integer")
+    parameters = call_parameters(pipe)
+    for name in ("num_inference_steps", "steps", "prior_num_inference_steps"):
+        if name in parameters:
+            return {name: num_inference_steps}
+    raise ValueError(f"{type(pipe).__name__} takes no number of steps; leave num_inference_steps out")
+
+
+def make_conditions(pipe: Any, conditions: Any = None, call_kwargs: Mapping[str, Any] | None = None) -> list[Condition]:
+    """Turn what a user passed as conditions into a list of call arguments, one dict a condition.
+
+    Args:
+        conditions: None (the built-in prompts where the pipeline takes a prompt, else one implicit condition), a prompt,
+            a list of prompts, a dict of call arguments or a list of dicts.
+        call_kwargs: arguments that go to every call.
+
+    Raises:
+        ValueError: nothing given, an unknown argument, or an argument missing that the call needs.
+    """
+    call_kwargs = dict(call_kwargs or {})
+    parameters = call_parameters(pipe)
+    if conditions is None:
+        if "prompt" in parameters and not {"prompt", "prompt_embeds"} & set(call_kwargs):
+            conditions = default_prompts()
+        else:
+            conditions = [{}]
+    if isinstance(conditions, (str, Mapping)):
+        conditions = [conditions]
+    conditions = list(conditions)
+    if not conditions:
+        raise ValueError("conditions: got an empty list, expected at least one prompt or dict of call arguments")
+    result: list[Condition] = []
+    for i, condition in enumerate(conditions):
+        if isinstance(condition, str):
+            condition = {"prompt": condition}
+        if not isinstance(condition, Mapping):
+            raise ValueError(f"conditions[{i}]: got {type(condition).__name__}, expected a prompt or a dict of call arguments")
+        result.append({**call_kwargs, **condition})
+    check_call_arguments(pipe, list(dict.fromkeys(k for c in result for k in c)))
+    for reserved in ("generator", "latents", "output_type", "return_dict"):
+        if any(reserved in c for c in result):
+            raise ValueError(f"{reserved!r} is set by ld_pruner_hf itself; use seed= and seeds= to choose the noise")
+    needed = [n for n, p in parameters.items() if n != "self" and p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    missing = [n for n in needed if n not in result[0]]
+    if missing:
+        raise ValueError(
+            f"{type(pipe).__name__} needs {missing}; pass conditions=[{{...}}, ...] with these, or as keyword arguments"
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pipeline call: some (condition, seed) pairs that run as one batch."""
+
+    call: Condition
+    seeds: tuple[int, ...]
+    condition_ids: tuple[int, ...]
+
+
+def make_jobs(pipe: Any, conditions: Sequence[Condition], seeds: Sequence[int], batch_size: int) -> list[Job]:
+    """Group all (condition, seed) pairs into calls of at most `batch_size` samples.
+
+    Pairs share a call where the pipeline can take them together: conditions that differ in nothing but their prompt, or
+    an unconditional pipeline with a `batch_size` argument. Everything else runs one by one.
+    """
+    parameters = call_parameters(pipe)
+    pairs = [(i, s) for i in range(len(conditions)) for s in seeds]
+    prompts = [c.get("prompt") for c in conditions]
+    rest = [{k: v for k, v in c.items() if k != "prompt"} for c in conditions]
+    same_rest = all(_same(r, rest[0]) for r in rest)
+    if same_rest and all(isinstance(p, str) for p in prompts) and all(_batchable(k, v) for k, v in rest[0].items()):
+
+        def call(chunk: list[tuple[int, int]]) -> Condition:
+            text = {k: [v] * len(chunk) if "prompt" in k and isinstance(v, str) else v for k, v in rest[0].items()}
+            return {**text, "prompt": [prompts[i] for i, _ in chunk]}
+
+    elif len(conditions) == 1 and "prompt" not in conditions[0] and "batch_size" in parameters:
+
+        def call(chunk: list[tuple[int, int]]) -> Condition:
+            return {**conditions[0], "batch_size": len(chunk)}
+
+    else:
+        return [Job(conditions[i], (s,), (i,)) for i, s in pairs]
+    chunks = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+    return [Job(call(c), tuple(s for _, s in c), tuple(i for i, _ in c)) for c in chunks]
+
+
+def _same(a: Condition, b: Condition) -> bool:
+    return a.keys() == b.keys() and all(a[k] is b[k] or (_is_plain(a[k]) and a[k] == b[k]) for k in a)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _batchable(name: str, value: Any) -> bool:
+    return _is_plain(value) and name != "num_images_per_prompt"
+
+
+# ---- leaving no trace ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def preserved(pipe: Any) -> Iterator[None]:
+    """Put back what pipeline calls change: random state, training flags, scheduler, the pipeline's private attributes.
+
+    Inside, modules are in eval mode, gradients are off and the pipeline's own progress bars are quiet.
+    """
+    rng = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    attributes = dict(vars(pipe))
+    modules = [m for part in modules_of(pipe).values() for m in part.modules()]
+    training = [m.training for m in modules]
+    scheduler = getattr(pipe, "scheduler", None)
+    scheduler_state = copy.deepcopy(vars(scheduler)) if scheduler is not None else {}
+    try:
+        for module in modules:
+            module.training = False
+        pipe._progress_bar_config = {"disable": True}
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in zip(modules, training, strict=True):
+            module.training = flag
+        vars(pipe).clear()
+        vars(pipe).update(attributes)
+        if scheduler is not None:
+            vars(scheduler).clear()
+            vars(scheduler).update(scheduler_state)
+        torch.set_rng_state(rng[0])
+        np.random.set_state(rng[1])
+        random.setstate(rng[2])
+        if cuda_rng is not None:
+            torch.cuda.set_rng_state_all(cuda_rng)
+
+
+# ---- final latents ---------------------------------------------------------------------------------------------------
+
+
+class _Stop(BaseException):
+    """Ends a pipeline call early; a BaseException, so that no `except Exception` on the way swallows it."""
+
+
+class _Recorded(BaseException):
+    """Ends a pipeline call as soon as the denoiser's arguments are known."""
+
+
+@contextmanager
+def _patched(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace `owner.name` (a class or an object) for a while."""
+    had = name in vars(owner)
+    original = vars(owner).get(name)
+    setattr(owner, name, wrap(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+def final_latents(pipe: Any, call: Condition, seeds: Sequence[int], stop_after: int | None = None) -> torch.Tensor:
+    """Run the pipeline and return the latents after the last scheduler step, undecoded: (B, ...) float32 on the CPU.
+
+    Nothing is asked of the pipeline but that its scheduler steps: the call ends when it begins to decode. Run it inside
+    `preserved(pipe)`.
+
+    Args:
+        call: the pipeline's arguments for the whole batch.
+        seeds: one seed a sample; the noise depends on nothing else.
+        stop_after: stop after so many scheduler steps.
+
+    Raises:
+        RuntimeError: the call made no scheduler step.
+    """
+    device = getattr(pipe, "_execution_device", None) or torch.device("cpu")
+    generators = [torch.Generator(device="cpu" if device.type == "mps" else device).manual_seed(s) for s in seeds]
+    call = dict(call)
+    if "generator" in call_parameters(pipe):
+        call["generator"] = generators if len(generators) > 1 else generators[0]
+    latents: torch.Tensor | None = None
+    steps = 0
+
+    def keep_output(step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(step)  # pipelines look at the signature to see what a scheduler's step takes
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            nonlocal latents, steps
+            output = step(*args, **kwargs)
+            latents, steps = output[0], steps + 1
+            if steps == stop_after:
+                raise _Stop
+            return output
+
+        return kept
+
+    def stop_when_denoised(decode: Callable[..., Any]) -> Callable[..., Any]:
+        def stopping(*args: Any, **kwargs: Any) -> Any:
+            if steps:
+                raise _Stop
+            return decode(*args, **kwargs)
+
+        return stopping
+
+    torch.manual_seed(seeds[0])  # for pipelines that draw noise without their generator
+    with ExitStack() as stack:
+        # On the class, not on the object: some pipelines copy their scheduler.
+        stack.enter_context(_patched(type(pipe.scheduler), "step", keep_output))
+        for part in modules_of(pipe).values():
+            if hasattr(part, "decode"):
+                stack.enter_context(_patched(part, "decode", stop_when_denoised))
+        try:
+            pipe(**call)
+        except _Stop:
+            if hasattr(pipe, "maybe_free_model_hooks"):
+                pipe.maybe_free_model_hooks()
+    if latents is None:
+        raise RuntimeError(f"{type(pipe).__name__} finished without a step of its scheduler {type(pipe.scheduler).__name__}")
+    return latents.detach().to("cpu", torch.float32)
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """The arguments of one denoiser call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def batch_size(self) -> int:
+        """Size of the first dimension of the first tensor: the samples in the call (two a picture under guidance)."""
+        for value in [*self.args, *self.kwargs.values()]:
+            if isinstance(value, torch.Tensor) and value.ndim > 1:
+                return value.shape[0]
+        return 1
+
+
+def record_call(pipe: Any, component: str, call: Condition, seed: int = 0) -> RecordedCall:
+    """The arguments of the first denoiser call of one real pipeline call. Run it inside `preserved(pipe)`."""
+    found: list[RecordedCall] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(RecordedCall(args, dict(kwargs)))
+        raise _Recorded
+
+    handle = getattr(pipe, component).register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        try:
+            final_latents(pipe, call, [seed])
+        except _Recorded:
+            if hasattr(pipe, "maybe_free_model_hooks"):
+                pipe.maybe_free_model_hooks()
+    finally:
+        handle.remove()
+    if not found:
+        raise ValueError(f"{type(pipe).__name__}: its component {component!r} did not run; name the denoiser with component=...")
+    return found[0]

@@ -1,0 +1,141 @@
+"""A pruned model is a stock diffusers model whose config carries the plan: it saves, loads and copies like any other.
+
+On disk, `config.json` of a pruned model has two entries of ours. `pruning_plan` is the plan. `quantization_config` names a
+method that only this package knows: a diffusers without it refuses to load the folder, naming the remedy, instead of
+filling the missing weights with random numbers. With this package imported, `from_config` builds the stock model and applies the
+plan before the weights load, so every way of loading (low memory, sharded, variants, device maps, EMA) is diffusers' own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from .plan import PlanError, PruningPlan, is_inside
+from .surgery import apply_plan_, count_params
+
+PLAN_KEY = "pruning_plan"
+GUARD_KEY = "quantization_config"
+GUARD = {"quant_method": "ld_pruner_hf (a pruned model: `pip install ld_pruner_hf`, then `import ld_pruner_hf` before loading)"}
+
+
+def plan_of(model: nn.Module) -> PruningPlan | None:
+    """The plan that `model` was pruned by, or None for an unpruned model."""
+    data = getattr(model, "config", {}).get(PLAN_KEY) if isinstance(model, ConfigMixin) else getattr(model, PLAN_KEY, None)
+    return None if data is None else PruningPlan.from_dict(data, f"config of {type(model).__name__}")
+
+
+def prune_(model: nn.Module, plan: PruningPlan) -> PruningPlan:
+    """Apply `plan` to `model` in place and record it in the model's config, so that it is saved with the weights.
+
+    A model that was pruned before keeps one record: the two plans merged.
+
+    Returns:
+        The plan as applied, with what it removed here.
+
+    Raises:
+        PlanError: the plan was made for another architecture; the model is then as it was.
+    """
+    earlier = plan_of(model)
+    plan = apply_plan_(model, plan)
+    merged = plan
+    if earlier is not None:
+        kept = [m for m in earlier if not any(is_inside(m.path, p) for p in plan.paths)]
+        merged = replace(earlier, modifications=(*kept, *plan), how={**earlier.how, **plan.how})
+    _record(model, merged)
+    return plan
+
+
+def _record(model: nn.Module, plan: PruningPlan) -> None:
+    if isinstance(model, ConfigMixin):
+        model.register_to_config(**{PLAN_KEY: plan.to_dict(), GUARD_KEY: dict(GUARD)})
+    else:
+        setattr(model, PLAN_KEY, plan.to_dict())
+
+
+def _is_guard(value: Any) -> bool:
+    return isinstance(value, dict) and str(value.get("quant_method", "")).startswith("ld_pruner_hf")
+
+
+# ---- hooks into diffusers --------------------------------------------------------------------------------------------
+
+
+def _wrap_load_config(load_config: Callable[..., Any]) -> Any:
+    """`load_config` that hides our guard from diffusers: with this package present there is nothing to refuse."""
+
+    @functools.wraps(load_config)
+    def wrapped(cls: type, *args: Any, **kwargs: Any) -> Any:
+        result = load_config(cls, *args, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        if isinstance(config, dict) and _is_guard(config.get(GUARD_KEY)):
+            del config[GUARD_KEY]
+        return result
+
+    return classmethod(wrapped)
+
+
+def _wrap_from_config(from_config: Callable[..., Any]) -> Any:
+    """`from_config` that applies the plan of the config, if it has one, to the model that it built."""
+
+    @functools.wraps(from_config)
+    def wrapped(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        data = None
+        if isinstance(config, dict) and config.get(PLAN_KEY) is not None:
+            data = config[PLAN_KEY]
+            own = (PLAN_KEY, GUARD_KEY) if _is_guard(config.get(GUARD_KEY)) else (PLAN_KEY,)
+            config = {k: v for k, v in config.items() if k not in own}
+        result = from_config(cls, config, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        if isinstance(model, nn.Module) and isinstance(model, ConfigMixin):
+            data = data or model.config.get(PLAN_KEY)  # a path was passed: diffusers read the config itself
+            if data is not None:
+                plan = PruningPlan.from_dict(data, f"config of {type(model).__name__}")
+                _record(model, apply_plan_(model, plan))
+        return result
+
+    return classmethod(wrapped)
+
+
+def _wrap_from_pretrained(from_pretrained: Callable[..., Any]) -> Any:
+    """`from_pretrained` that is strict for pruned models: a missing or misshapen weight is an error, never a random number."""
+
+    @functools.wraps(from_pretrained)
+    def wrapped(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if PLAN_KEY in getattr(model, "config", {}):
+            wrong = {k: v for k in ("missing_keys", "mismatched_keys", "unexpected_keys") if (v := list(info.get(k) or ()))}
+            if wrong:
+                raise PlanError(
+                    f"{pretrained_model_name_or_path}: the weights do not fit the plan in its config: {wrong}; the folder is "
+                    "incomplete or its config was edited, save or download the pruned model again"
+                )
+        return (model, info) if wants_info else model
+
+    return classmethod(wrapped)
+
+
+def install() -> None:
+    """Teach diffusers to load pruned models; done once, on `import ld_pruner_hf`."""
+    for owner, name, wrap in (
+        (ConfigMixin, "load_config", _wrap_load_config),
+        (ConfigMixin, "from_config", _wrap_from_config),
+        (ModelMixin, "from_pretrained", _wrap_from_pretrained),
+    ):
+        method = vars(owner)[name].__func__
+        if not getattr(method, "_by_ld_pruner_hf", False):
+            wrapped = wrap(method)
+            wrapped.__func__._by_ld_pruner_hf = True
+            setattr(owner, name, wrapped)
+
+
+def kept_share(model: nn.Module) -> float:
+    """Parameters of a pruned model as a share of what it had before; 1.0 for an unpruned one."""
+    plan = plan_of(model)
+    return 1.0 if plan is None or not plan.params_before else count_params(model) / plan.params_before

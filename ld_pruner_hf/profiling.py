@@ -1,0 +1,190 @@
+"""What a denoiser call costs: parameters, MACs, latency and peak memory, in total and per operator."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from .latents import RecordedCall
+from .surgery import count_params
+
+
+def _attention_flops(query_shape: Any, key_shape: Any, value_shape: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+
+# torch counts scaled-dot-product attention on CUDA and `meta`, but not the CPU's kernel.
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+_ATTENTION_OPS = ("scaled_dot_product", "bmm", "baddbmm", "efficient_attention", "flash_attention")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The cost of one denoiser call.
+
+    Attributes:
+        params: parameters of the denoiser. macs: multiply-accumulates for one sample (FLOPs / 2), attention included;
+        macs_conv_linear: those of convolutions and linear layers alone, as most papers count.
+        latency_ms: median time of one call at `batch_size` samples; latency_iqr_ms: distance of the quartiles.
+        peak_memory_mb: of the process (CPU) or of the device's allocator (CUDA), in 10^6 bytes.
+        device, dtype, threads, batch_size: what it was measured on. None where nothing was run (`meta` device).
+        operators: path -> {"params", "macs", "latency_share"}, if asked for.
+    """
+
+    params: int
+    macs: int
+    macs_conv_linear: int
+    latency_ms: float | None
+    latency_iqr_ms: float | None
+    peak_memory_mb: float | None
+    device: str
+    dtype: str
+    threads: int
+    batch_size: int
+    operators: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        time_ = "not measured" if self.latency_ms is None else f"{self.latency_ms:.1f} ms (IQR {self.latency_iqr_ms:.1f})"
+        return (
+            f"{self.params / 1e6:.2f}M params, {self.macs / 1e9:.3f} GMACs a sample "
+            f"({self.macs_conv_linear / 1e9:.3f} conv + linear), {time_} a call of {self.batch_size} "
+            f"on {self.device} {self.dtype}, {self.threads} threads"
+        )
+
+
+def run(model: nn.Module, call: RecordedCall) -> Any:
+    """One denoiser call."""
+    return model(*call.args, **call.kwargs)
+
+
+def count_macs(model: nn.Module, call: RecordedCall) -> tuple[dict[str, int], dict[str, int]]:
+    """MACs for one sample by module path ("" is the model itself): (all, convolutions and linear layers alone)."""
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with torch.no_grad(), counter:
+        run(model, call)
+    batch = call.batch_size
+    root = type(model).__name__
+    total, conv_linear = {}, {}
+    for name, ops in counter.get_flop_counts().items():
+        if name == "Global":
+            continue
+        path = "" if name == root else name.removeprefix(f"{root}.")
+        flops = sum(ops.values())
+        attention = sum(v for op, v in ops.items() if any(a in str(op) for a in _ATTENTION_OPS))
+        total[path] = flops // 2 // batch
+        conv_linear[path] = (flops - attention) // 2 // batch
+    return total, conv_linear
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_latency(fn: Callable[[], Any], device: torch.device, repeats: int = 10, warmup: int = 3) -> tuple[float, float]:
+    """(median, interquartile range) of the time of `fn()` in ms, after warm-up."""
+    times = []
+    for i in range(warmup + repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        fn()
+        synchronize(device)
+        if i >= warmup:
+            times.append((time.perf_counter() - start) * 1e3)
+    if len(times) < 2:
+        return times[0], 0.0
+    low, _, high = statistics.quantiles(times, n=4)
+    return statistics.median(times), high - low
+
+
+def latency_shares(model: nn.Module, call: RecordedCall, repeats: int = 3) -> dict[str, float]:
+    """Part of the model's time that is spent inside each module, by path: median over `repeats` calls after a warm-up."""
+    device = device_of(model)
+    started: dict[str, float] = {}
+    spent: dict[str, float] = {}
+
+    def before(path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            synchronize(device)
+            started[path] = time.perf_counter()
+
+        return hook
+
+    def after(path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            synchronize(device)
+            spent[path] = spent.get(path, 0.0) + time.perf_counter() - started[path]
+
+        return hook
+
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(before(path), prepend=True))
+        handles.append(module.register_forward_hook(after(path)))
+    runs: dict[str, list[float]] = {}
+    try:
+        with torch.no_grad():
+            for i in range(repeats + 1):
+                spent.clear()
+                run(model, call)
+                if i:
+                    for path, seconds in spent.items():
+                        runs.setdefault(path, []).append(seconds / spent[""])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: statistics.median(shares) for path, shares in runs.items()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def profile_call(model: nn.Module, call: RecordedCall, *, per_operator: bool = False, repeats: int = 10) -> Profile:
+    """Measure one denoiser call; see `Profile`."""
+    device = device_of(model)
+    dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), "float32")
+    total, conv_linear = count_macs(model, call)
+    latency = iqr = memory = None
+    if device.type != "meta":
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with torch.no_grad():
+            latency, iqr = measure_latency(lambda: run(model, call), device, repeats)
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device) / 1e6
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    operators = {}
+    if per_operator:
+        shares = latency_shares(model, call) if device.type != "meta" else {}
+        for path, module in model.named_modules():
+            if path:
+                operators[path] = {"params": count_params(module), "macs": total.get(path, 0)}
+                if path in shares:
+                    operators[path]["latency_share"] = shares[path]
+    return Profile(
+        params=count_params(model),
+        macs=total.get("", 0),
+        macs_conv_linear=conv_linear.get("", 0),
+        latency_ms=latency,
+        latency_iqr_ms=iqr,
+        peak_memory_mb=memory,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        batch_size=call.batch_size,
+        operators=operators,
+    )

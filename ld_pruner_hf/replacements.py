@@ -1,0 +1,138 @@
+"""The stand-ins: what runs in an operator's place (METHODS: LD-Pruner section 2.2). A closed list, built from data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .plan import OutputRule, StandInSpec
+
+
+def pick_argument(rule: OutputRule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The input tensor that a rule reads, however the caller passed it."""
+    value = kwargs[rule.argument] if rule.argument in kwargs else args[rule.position]
+    for i in rule.index:
+        value = value[i]
+    return value
+
+
+def target_size(args: Sequence[Any], kwargs: Mapping[str, Any], ndim: int) -> tuple[int, ...] | None:
+    """The output size that the caller asks for, if one of the arguments is a size (diffusers passes one for odd sizes)."""
+    for value in [*args, *kwargs.values()]:
+        if isinstance(value, (tuple, list)) and len(value) == ndim and all(type(v) is int for v in value):
+            return tuple(value)
+    return None
+
+
+class Adapter(nn.Module):
+    """Changes channels by a 1x1 convolution and size by average pooling or nearest upscaling; (B, C, *) or (B, N, C).
+
+    The convolution starts as a partial identity: output channel i passes input channel i on, further ones are 0. After a
+    concatenation with a skip connection, as in a U-Net's up blocks, this passes the main branch on. It needs no random numbers.
+    """
+
+    def __init__(self, rule: OutputRule) -> None:
+        super().__init__()
+        self.rule = rule
+        if rule.changes_channels:
+            self.weight = nn.Parameter(torch.empty(rule.out_channels, rule.in_channels))
+            self.bias = nn.Parameter(torch.empty(rule.out_channels))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight.fill_diagonal_(1.0)
+            self.bias.zero_()
+
+    def _mix_channels(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rule.channel_dim in (-1, x.ndim - 1):
+            return F.linear(x, self.weight, self.bias)
+        if x.ndim == 4:
+            return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+        return F.linear(x.movedim(self.rule.channel_dim, -1), self.weight, self.bias).movedim(-1, self.rule.channel_dim)
+
+    def forward(self, x: torch.Tensor, size: tuple[int, ...] | None = None) -> torch.Tensor:
+        factors = self.rule.factors
+        if any(f < 0 for f in factors):
+            pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(factors)]
+            x = pool(x, kernel_size=tuple(-f if f < 0 else 1 for f in factors), ceil_mode=True)
+        if self.rule.changes_channels:
+            x = self._mix_channels(x)
+        if any(f > 1 for f in factors):
+            size = size or tuple(s * max(f, 1) for s, f in zip(x.shape[2:], factors, strict=True))
+            x = F.interpolate(x, size=size, mode="nearest")
+        return x
+
+    def macs(self, elements: int) -> int:
+        """Multiply-accumulates to make an output of `elements` values."""
+        return elements * self.rule.in_channels if self.rule.changes_channels else 0
+
+    def extra_repr(self) -> str:
+        return f"{self.rule.name}, {self.rule.in_channels} -> {self.rule.out_channels}, factors={self.rule.factors}"
+
+
+def zeros_like_output(rule: OutputRule, x: torch.Tensor, size: tuple[int, ...] | None) -> torch.Tensor:
+    """Zeros of the shape that the operator would have returned."""
+    shape = list(x.shape)
+    shape[rule.channel_dim] = rule.out_channels or shape[rule.channel_dim]
+    for i, f in enumerate(rule.factors):
+        shape[2 + i] = -(-shape[2 + i] // -f) if f < 0 else shape[2 + i] * f
+    if size is not None and any(f > 1 for f in rule.factors):
+        shape[2:] = size
+    return x.new_zeros(shape)
+
+
+class StandIn(nn.Module):
+    """Runs in an operator's place, with the operator's own call signature and return structure.
+
+    Args:
+        spec: one rule per output tensor; see `StandInSpec`.
+    """
+
+    def __init__(self, spec: StandInSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.adapters = nn.ModuleDict({str(i): Adapter(r) for i, r in enumerate(spec.rules) if r.rule == "adapt"})
+
+    def _output(self, i: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        rule = self.spec.rules[i]
+        x = pick_argument(rule, args, kwargs)
+        if rule.rule == "identity":
+            return x
+        size = target_size(args, kwargs, len(rule.factors)) if rule.factors else None
+        if rule.rule == "zero":
+            return zeros_like_output(rule, x, size)
+        return self.adapters[str(i)](x, size)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def build(structure: Any) -> Any:
+            if structure is None:
+                return None
+            if isinstance(structure, int):
+                return self._output(structure, args, kwargs)
+            return tuple(build(s) for s in structure)
+
+        return build(self.spec.structure)
+
+    def extra_repr(self) -> str:
+        return self.spec.name
+
+
+def stand_in_cost(spec: StandInSpec, output_shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """(params, MACs per sample and call) of a stand-in whose outputs have these shapes; batch is the first dimension."""
+    params = macs = 0
+    for rule, shape in zip(spec.rules, output_shapes, strict=True):
+        if rule.rule == "adapt" and rule.changes_channels:
+            params += rule.in_channels * rule.out_channels + rule.out_channels
+            elements = 1
+            for size in shape[1:]:
+                elements *= size
+            for f in rule.factors:  # the convolution runs on the smaller side of an upscaling
+                elements //= max(f, 1)
+            macs += elements * rule.in_channels
+    return params, macs

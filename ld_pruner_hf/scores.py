@@ -1,0 +1,253 @@
+"""What scoring found: one row per operator and stand-in, in a file that grows row by row and survives a kill."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .plan import FORMAT_VERSION, PlanError, StandInSpec, check_format, write_atomically
+
+SCORES_FORMAT = "ld_pruner_hf.scores"
+
+CRITERIA = {
+    "latent-shift": lambda avg, std: avg + std,  # LD-Pruner, equation 7
+    "latent-shift-product": lambda avg, std: avg * std,
+    "latent-shift-mean": lambda avg, std: avg,
+    "latent-shift-std": lambda avg, std: std,
+}
+"""criterion -> score of one condition from avg_dist and std_dist (METHODS: LD-Pruner 3)."""
+
+
+def check_criterion(criterion: str) -> str:
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: got {criterion!r}, expected one of {list(CRITERIA)}")
+    return criterion
+
+
+@dataclass(frozen=True)
+class OperatorScore:
+    """The damage of replacing one operator by one stand-in.
+
+    Attributes:
+        path, kind: the operator. stand_in: what replaced it.
+        avg_dist, std_dist: one value per condition (one in all, where conditions are pooled): the distances of the mean and
+            of the standard deviation of the final latents (LD-Pruner, equations 1 and 2).
+        params_removed, macs_removed: operator minus stand-in; MACs per sample and denoiser call.
+        latency_share: part of the denoiser's time spent in the operator; None if not measured.
+        seconds: how long this row took to measure.
+        error: why there is no score, else None.
+    """
+
+    path: str
+    kind: str
+    stand_in: StandInSpec
+    avg_dist: tuple[float, ...] = ()
+    std_dist: tuple[float, ...] = ()
+    params_removed: int = 0
+    macs_removed: int = 0
+    latency_share: float | None = None
+    seconds: float = 0.0
+    error: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.path, self.stand_in.name
+
+    def score(self, criterion: str = "latent-shift") -> float:
+        """Sum over conditions; infinite where the modified model failed, so that it ranks last."""
+        if self.error is not None:
+            return math.inf
+        combine = CRITERIA[check_criterion(criterion)]
+        return math.fsum(combine(a, s) for a, s in zip(self.avg_dist, self.std_dist, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        return data | {"stand_in": self.stand_in.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> OperatorScore:
+        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
+        try:
+            known["stand_in"] = StandInSpec.from_dict(known["stand_in"])
+            known["avg_dist"], known["std_dist"] = tuple(known["avg_dist"]), tuple(known["std_dist"])
+            return cls(**known)
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"score row {data!r}: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class OperatorScores:
+    """All rows of one scoring run and what they were measured with.
+
+    Attributes:
+        rows: in the order of the model's modules.
+        architecture, weights: fingerprints of the scored model. model_class, component: which one it was.
+        settings: everything that the numbers depend on (conditions, seeds, steps, ...).
+        criterion: the default formula for ranking; every row holds what all of `CRITERIA` need.
+    """
+
+    rows: tuple[OperatorScore, ...]
+    architecture: str
+    weights: str
+    model_class: str
+    component: str
+    settings: dict[str, Any]
+    criterion: str = "latent-shift"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[OperatorScore]:
+        return iter(self.rows)
+
+    def ranked(self, criterion: str | None = None) -> list[OperatorScore]:
+        """One row per operator, with its best stand-in, least important first; failed ones last."""
+        criterion = check_criterion(criterion or self.criterion)
+        best: dict[str, OperatorScore] = {}
+        for row in self.rows:
+            if row.path not in best or row.score(criterion) < best[row.path].score(criterion):
+                best[row.path] = row
+        return sorted(best.values(), key=lambda row: row.score(criterion))
+
+    def with_criterion(self, criterion: str) -> OperatorScores:
+        return replace(self, criterion=check_criterion(criterion))
+
+    def header(self) -> dict[str, Any]:
+        return {
+            "format": SCORES_FORMAT,
+            "version": FORMAT_VERSION,
+            "architecture": self.architecture,
+            "weights": self.weights,
+            "model_class": self.model_class,
+            "component": self.component,
+            "settings": self.settings,
+            "criterion": self.criterion,
+        }
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all rows as JSON lines, the header first: the format that `pipe.score(resume_from=...)` writes."""
+        lines = [json.dumps(self.header()), *(json.dumps(row.to_dict()) for row in self.rows)]
+        write_atomically(path, "\n".join(lines) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> OperatorScores:
+        """Read scores, complete or broken off.
+
+        Raises:
+            PlanError: missing, damaged or of another format. Only an unfinished last line is taken as "not yet measured".
+        """
+        header, rows, _ = read_rows(path)
+        keys = ("architecture", "weights", "model_class", "component", "settings", "criterion")
+        try:
+            return cls(tuple(rows), **{k: header[k] for k in keys})
+        except KeyError as error:
+            raise PlanError(f"{path}: the first line has no {error}; it is no complete file of scores, score again") from error
+
+    def table(self, criterion: str | None = None) -> list[dict[str, Any]]:
+        """Plain rows, least important operator first, one per operator and stand-in."""
+        criterion = check_criterion(criterion or self.criterion)
+        result = []
+        for rank, row in enumerate(sorted(self.rows, key=lambda r: r.score(criterion)), 1):
+            entry: dict[str, Any] = {"rank": rank, "path": row.path, "kind": row.kind, "stand_in": row.stand_in.name}
+            entry |= {name: None if row.error else row.score(name) for name in CRITERIA}
+            entry |= {"params_removed": row.params_removed, "macs_removed": row.macs_removed}
+            result.append(entry | {"latency_share": row.latency_share, "error": row.error})
+        return result
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        """Write `table()` as comma-separated values."""
+        table = self.table()
+        out = io.StringIO()
+        writer = csv.DictWriter(out, fieldnames=list(table[0]) if table else ["rank"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+        write_atomically(path, out.getvalue())
+
+    def __str__(self) -> str:
+        ranked = self.ranked()
+        failed = sum(row.error is not None for row in ranked)
+        shown = ranked if len(ranked) <= 20 else [*ranked[:12], None, *ranked[-5:]]
+        width = max((len(row.path) for row in shown if row), default=4)
+        lines = [f"{len(ranked)} operators of {self.component or self.model_class}, {failed} failed; {self.criterion}, low = unimportant"]
+        lines.append(f"  {'operator':<{width}}  {'kind':<22} {'stand-in':<13} {'score':>10} {'params':>9} {'MACs':>8}")
+        for row in shown:
+            if row is None:
+                lines.append(f"  ... {len(ranked) - 17} more")
+                continue
+            score = "failed" if row.error else f"{row.score(self.criterion):.4g}"
+            saved = f"{row.params_removed / 1e6:>8.3f}M {row.macs_removed / 1e9:>7.3f}G"
+            lines.append(f"  {row.path:<{width}}  {row.kind:<22} {row.stand_in.name:<13} {score:>10} {saved}")
+        return "\n".join(lines)
+
+
+def read_rows(path: str | os.PathLike) -> tuple[dict[str, Any], list[OperatorScore], int]:
+    """(header, rows, bytes that are good) of a file of scores; a last line without its end was cut off by a kill."""
+    path = Path(path)
+    if not path.is_file():
+        raise PlanError(f"{path}: no such file of scores; make one with pipe.score(resume_from=...)")
+    data = path.read_bytes()
+    good = data.rfind(b"\n") + 1
+    lines = data[:good].splitlines()
+    if not lines:
+        raise PlanError(f"{path}: the file has no complete first line; delete it and score again")
+    parsed = []
+    for number, line in enumerate(lines, 1):
+        try:
+            parsed.append(json.loads(line))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}, line {number}: not readable as JSON ({error}); the file is damaged, score again") from error
+        if not isinstance(parsed[-1], dict):
+            raise PlanError(f"{path}, line {number}: got {type(parsed[-1]).__name__}, expected an object; score again")
+    header = check_format(parsed[0], SCORES_FORMAT, str(path))
+    rows = []
+    for number, row in enumerate(parsed[1:], 2):
+        try:
+            rows.append(OperatorScore.from_dict(row))
+        except PlanError as error:
+            raise PlanError(f"{path}, line {number}: {error}; the file is damaged, score again") from error
+    return header, rows, good
+
+
+class RowFile:
+    """A file of scores that is written row by row; each row is on the disk before the next is measured."""
+
+    def __init__(self, path: str | os.PathLike | None, header: dict[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self.found: dict[tuple[str, str], OperatorScore] = {}
+        if self.path is None:
+            return
+        if not self.path.exists() or not self.path.stat().st_size:
+            write_atomically(self.path, json.dumps(header) + "\n")
+            return
+        old, rows, good = read_rows(self.path)
+        ignored = ("criterion",)
+        differ = [k for k in header if k not in ignored and json.loads(json.dumps(header[k])) != old.get(k)]
+        if differ:
+            what = "; ".join(f"{k}: file has {_short(old.get(k), header[k])}, this run {_short(header[k], old.get(k))}" for k in differ)
+            raise PlanError(f"{self.path}: made by another run ({what}); pass the same model and settings, or another file")
+        with open(self.path, "r+b") as file:
+            file.truncate(good)
+        self.found = {row.key: row for row in rows}
+
+    def append(self, row: OperatorScore) -> None:
+        if self.path is None:
+            return
+        with open(self.path, "ab") as file:
+            file.write(json.dumps(row.to_dict()).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _short(value: Any, other: Any) -> str:
+    """A value for an error message; of two dicts only what differs."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        value = {k: v for k, v in value.items() if other.get(k) != v}
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

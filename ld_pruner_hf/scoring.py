@@ -1,0 +1,221 @@
+"""score_operators: replace one operator at a time, denoise, and see how far the final latents move (LD-Pruner, section 2.3)."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .latents import Job, final_latents, find_denoiser, make_conditions, make_jobs, preserved, steps_argument
+from .operators import check_filters, find_operators
+from .plan import Modification, Operator, StandInSpec
+from .replacements import stand_in_cost
+from .scores import OperatorScore, OperatorScores, RowFile, check_criterion
+from .surgery import applied, architecture_of, refuse_wrapped, weights_of
+
+
+def latent_distances(original: torch.Tensor, modified: torch.Tensor) -> tuple[float, float]:
+    """avg_dist and std_dist of two sets of latents (LD-Pruner, equations 1 to 6).
+
+    Args:
+        original, modified: (n, ...), n latents from the same n seeds.
+
+    Returns:
+        The L2 norms, over the flattened latent, of the difference of the means and of the population standard deviations.
+    """
+    a, b = original.double(), modified.double()
+    avg = torch.linalg.vector_norm(a.mean(0) - b.mean(0))
+    std = torch.linalg.vector_norm(a.std(0, correction=0) - b.std(0, correction=0))
+    return avg.item(), std.item()
+
+
+class LatentSets:
+    """Final latents of all conditions and seeds, as the sets that the score compares.
+
+    Args:
+        jobs: the pipeline calls that make them. pooled: one set of all latents, instead of one set per condition.
+    """
+
+    def __init__(self, pipe: Any, jobs: Sequence[Job], conditions: int, pooled: bool) -> None:
+        self.pipe, self.jobs, self.conditions, self.pooled = pipe, jobs, conditions, pooled
+
+    def collect(self, on_job: Callable[[], None] | None = None) -> list[torch.Tensor]:
+        """Run every job; one (n, ...) tensor per set.
+
+        Raises:
+            FloatingPointError: a latent is not finite.
+        """
+        sets: list[list[torch.Tensor]] = [[] for _ in range(1 if self.pooled else self.conditions)]
+        for job in self.jobs:
+            latents = final_latents(self.pipe, job.call, job.seeds)
+            if not torch.isfinite(latents).all():
+                raise FloatingPointError("the final latents are not finite (NaN or infinity)")
+            if len(latents) == len(job.condition_ids):
+                parts = list(latents)
+            else:  # one call made several latents (num_images_per_prompt, video frames): they belong to its condition
+                parts = [latents] if len(job.condition_ids) == 1 else list(latents.chunk(len(job.condition_ids)))
+            for i, part in zip(job.condition_ids, parts, strict=True):
+                sets[0 if self.pooled else i].append(part)
+            if on_job:
+                on_job()
+        return [torch.stack(s) for s in sets]
+
+
+def _modification(operator: Operator, spec: StandInSpec) -> Modification:
+    return Modification(operator.path, operator.kind, spec)
+
+
+def _costs(operator: Operator, spec: StandInSpec) -> tuple[int, int]:
+    """(params, MACs) that replacing the operator takes away."""
+    params, macs = stand_in_cost(spec, operator.output_shapes)
+    return operator.params - params, operator.macs - macs * operator.calls
+
+
+def _digest(value: Any) -> str:
+    """A short, stable description of a condition for the file of scores; tensors and images by their content."""
+    if isinstance(value, torch.Tensor):
+        return f"tensor {tuple(value.shape)} " + hashlib.sha256(value.detach().cpu().float().numpy().tobytes()).hexdigest()[:12]
+    if hasattr(value, "tobytes"):
+        return f"{type(value).__name__} " + hashlib.sha256(value.tobytes()).hexdigest()[:12]
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_digest(v) for v in value) + "]"
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else f"<{type(value).__name__}>"
+
+
+def score_operators(
+    pipe: Any,
+    conditions: Any = None,
+    *,
+    num_inference_steps: int | None = None,
+    seeds: int = 2,
+    criterion: str = "latent-shift",
+    pooled: bool = False,
+    component: str | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    kinds: str | Sequence[str] | None = None,
+    standins: str = "all",
+    seed: int = 0,
+    batch_size: int = 8,
+    resume_from: Any = None,
+    **call_kwargs: Any,
+) -> OperatorScores:
+    """Score every operator of a pipeline's denoiser by how much its removal changes the final latents.
+
+    For each operator and stand-in the whole denoising runs again from the same seeds; the latents are compared undecoded
+    (LD-Pruner, sections 2.2 and 2.3). The pipeline is left bit for bit as it was, whatever happens.
+
+    Args:
+        pipe: any `DiffusionPipeline`.
+        conditions: None (50 built-in prompts where the pipeline takes a prompt, else one implicit condition), a prompt,
+            prompts, or dicts of call arguments.
+        num_inference_steps: denoising steps; default: the pipeline's own.
+        seeds: latents per condition. With 1 and `pooled=False` the standard deviations are 0.
+        criterion: formula used for ranking: "latent-shift" (avg_dist + std_dist), "-product", "-mean" or "-std". All four
+            are kept in the result; change it later with `scores.with_criterion`.
+        pooled: compare all latents as one set, instead of one set per condition summed up.
+        component: which model to score; default: the one that denoises.
+        include, exclude, kinds: restrict the operators, as in `find_operators`.
+        standins: "all" or "paper", as in `find_operators`.
+        seed: the first seed.
+        batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside).
+        resume_from: path of a file that the rows are written to one by one. If it exists, only what is missing is measured.
+        **call_kwargs: arguments for every pipeline call (height, guidance_scale, image, ...).
+
+    Returns:
+        `OperatorScores`; an operator whose modified run failed or gave NaN ranks last, with the reason in its row.
+
+    Raises:
+        ValueError: unknown component, kind, criterion or call argument, a pattern that matches nothing, no conditions.
+        PlanError: `resume_from` holds the scores of another model or other settings, or is damaged.
+
+    Example:
+        >>> scores = score_operators(pipe, ["red heart", "cat face"], num_inference_steps=4)
+        >>> plan = prune(pipe, 10, scores=scores)
+    """
+    check_criterion(criterion)
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise ValueError(f"seeds: got {seeds!r}, expected how many latents to make per condition, 1 or more")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size!r}, expected 1 or more")
+    quiet = bool(getattr(pipe, "_progress_bar_config", {}).get("disable", False))
+    call_kwargs |= steps_argument(pipe, num_inference_steps)
+    conditions = make_conditions(pipe, conditions, call_kwargs)
+    with preserved(pipe):
+        component = find_denoiser(pipe, component, **conditions[0])
+        model: nn.Module = getattr(pipe, component)
+        refuse_wrapped(model)
+        check_filters(model, include, exclude, kinds)
+        settings = {
+            "conditions": [{k: _digest(v) for k, v in c.items()} for c in conditions],
+            "seeds": list(range(seed, seed + seeds)),
+            "pooled": pooled,
+            "standins": standins,
+            "batch_size": batch_size,
+            "scheduler": type(pipe.scheduler).__name__,
+            "dtype": str(getattr(model, "dtype", "")),
+            "device": str(getattr(model, "device", "")),
+        }
+        scores = OperatorScores(
+            (), architecture_of(model), weights_of(model), type(model).__name__, component, settings, criterion
+        )
+        rows = RowFile(resume_from, scores.header())
+        operators = find_operators(
+            pipe, component=component, include=include, exclude=exclude, kinds=kinds, standins=standins,
+            progress=not quiet, **conditions[0],
+        )  # fmt: skip
+        todo = [(o, spec) for o in operators for spec in o.stand_ins]
+        if not todo:
+            raise ValueError(f"none of {len(operators)} selected modules can be replaced; see find_operators for the reasons")
+        jobs = make_jobs(pipe, conditions, settings["seeds"], batch_size)
+        latents = LatentSets(pipe, jobs, len(conditions), pooled)
+        measured = _measure(model, todo, latents, rows, quiet)
+    return OperatorScores(tuple(measured), **{k: getattr(scores, k) for k in scores.__dataclass_fields__ if k != "rows"})
+
+
+def _measure(
+    model: nn.Module, todo: Sequence[tuple[Operator, StandInSpec]], latents: LatentSets, rows: RowFile, quiet: bool
+) -> list[OperatorScore]:
+    """One row per (operator, stand-in), from the file where it has one."""
+    missing = [(o, s) for o, s in todo if (o.path, s.name) not in rows.found]
+    originals: list[torch.Tensor] = []
+    with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="scoring", unit="op", disable=quiet) as bar:
+        if missing:
+            originals = latents.collect()
+        found = dict(rows.found)
+        for operator, spec in missing:
+            bar.set_postfix_str(operator.path[-40:], refresh=False)
+            row = _measure_one(model, operator, spec, latents, originals)
+            rows.append(row)
+            found[row.key] = row
+            bar.update()
+    return [found[o.path, s.name] for o, s in todo]
+
+
+def _measure_one(
+    model: nn.Module, operator: Operator, spec: StandInSpec, latents: LatentSets, originals: Sequence[torch.Tensor]
+) -> OperatorScore:
+    start = time.perf_counter()
+    avg: list[float] = []
+    std: list[float] = []
+    error = None
+    try:
+        with applied(model, [_modification(operator, spec)]):
+            modified = latents.collect()
+        pairs = [latent_distances(a, b) for a, b in zip(originals, modified, strict=True)]
+        avg, std = [p[0] for p in pairs], [p[1] for p in pairs]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as reason:  # a broken modification is a finding about the operator; the run goes on
+        error = f"{type(reason).__name__}: {reason}"[:300]
+    params_removed, macs_removed = _costs(operator, spec)
+    return OperatorScore(
+        path=operator.path, kind=operator.kind, stand_in=spec, avg_dist=tuple(avg), std_dist=tuple(std),
+        params_removed=params_removed, macs_removed=macs_removed, latency_share=operator.latency_share,
+        seconds=round(time.perf_counter() - start, 3), error=error,
+    )  # fmt: skip

@@ -1,0 +1,143 @@
+"""Put stand-ins into a model: `applied` for a while, `apply_plan_` for good. Exact, and undone on any exit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .plan import Modification, PlanError, PruningPlan
+from .replacements import StandIn
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters, shared ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def architecture_of(model: nn.Module) -> str:
+    """Fingerprint of class, parameter names and shapes: equal for sibling fine-tunes, whatever dtype or device."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, p in sorted(model.named_parameters(remove_duplicate=False)):
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def weights_of(model: nn.Module) -> str:
+    """Fingerprint of the weights, from a few values of every parameter."""
+    digest = hashlib.sha256(architecture_of(model).encode())
+    for name, p in sorted(model.named_parameters()):
+        if not p.is_meta:
+            digest.update(name.encode())
+            digest.update(p.detach().flatten()[:: max(1, p.numel() // 16)].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise ValueError for a model inside DDP, FSDP or torch.compile: replacing modules there would have no effect."""
+    if hasattr(model, "_orig_mod") or type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        raise ValueError(
+            f"got a {type(model).__name__}, expected the bare model; unwrap it first (accelerator.unwrap_model(model), "
+            "or model._orig_mod of a compiled one), prune, then wrap again"
+        )
+
+
+def paths_of(model: nn.Module) -> dict[int, list[str]]:
+    """id(module) -> all names under which the model holds it."""
+    paths: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(name)
+    return paths
+
+
+def get_operator(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise PlanError(
+            f"{type(model).__name__} has no module {path!r} ({error}); the plan belongs to another architecture"
+        ) from error
+
+
+def make_stand_in(model: nn.Module, operator: nn.Module, modification: Modification) -> StandIn:
+    """A stand-in on the operator's device and in its dtype (the model's, where the operator has no parameters)."""
+    like = next(operator.parameters(), None)
+    if like is None:
+        like = next(model.parameters(), None)
+    stand_in = StandIn(modification.stand_in)
+    if like is not None:
+        stand_in.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
+    return stand_in.train(operator.training)
+
+
+def replace_modules(model: nn.Module, new: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Put `new` modules where the old ones are, under every name that the model holds them by."""
+    swaps = {id(old): fresh for old, fresh in new}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in swaps:
+                parent._modules[name] = swaps[id(child)]
+
+
+@contextmanager
+def applied(model: nn.Module, modifications: Iterable[Modification] | PruningPlan) -> Iterator[dict[str, StandIn]]:
+    """Replace operators by their stand-ins inside the `with` block; the same objects are back after any exit.
+
+    Yields:
+        path -> stand-in.
+
+    Raises:
+        PlanError: a path that the model does not have. ValueError: a model wrapped by DDP, FSDP or torch.compile.
+    """
+    refuse_wrapped(model)
+    operators = {m.path: get_operator(model, m.path) for m in modifications}
+    stand_ins = {m.path: make_stand_in(model, operators[m.path], m) for m in modifications}
+    replace_modules(model, [(operators[p], stand_ins[p]) for p in operators])
+    try:
+        yield stand_ins
+    finally:
+        replace_modules(model, [(stand_ins[p], operators[p]) for p in operators])
+
+
+def check_plan(model: nn.Module, plan: PruningPlan) -> None:
+    """Raise PlanError if the plan is empty or was made for another architecture."""
+    if not len(plan):
+        raise PlanError("the plan lists no modification; make one with pipe.prune(k) or read a complete file")
+    got = architecture_of(model)
+    if plan.architecture and plan.architecture != got:
+        raise PlanError(
+            f"the plan was made for {plan.model_class} with architecture {plan.architecture}, this {type(model).__name__} "
+            f"has {got}; score this model and prune it by its own scores"
+        )
+
+
+def apply_plan_(model: nn.Module, plan: PruningPlan) -> PruningPlan:
+    """Replace the plan's operators in `model` for good and record the plan in the model's config.
+
+    Returns:
+        The plan with the counts of what was removed here.
+
+    Raises:
+        PlanError: the plan fits another architecture; the model is then as it was.
+    """
+    refuse_wrapped(model)
+    check_plan(model, plan)
+    before = count_params(model)
+    swaps, counted = [], []
+    for m in plan:
+        operator = get_operator(model, m.path)
+        stand_in = make_stand_in(model, operator, m)
+        swaps.append((operator, stand_in))
+        counted.append(replace(m, params_removed=count_params(operator) - count_params(stand_in)))
+    replace_modules(model, swaps)
+    return replace(plan, modifications=tuple(counted), params_before=before)
+
+
+def module_kinds(model: nn.Module) -> dict[str, Any]:
+    """path -> class name of every module but the root."""
+    return {name: type(m).__name__ for name, m in model.named_modules() if name}

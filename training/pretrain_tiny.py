@@ -1,0 +1,367 @@
+"""Train a small latent diffusion pipeline from scratch, on a CPU, in hours: the pipelines that ship with ld_pruner_hf.
+
+    python training/pretrain_tiny.py --recipe training/recipes/pretrain_emoji.yaml --train_data train.parquet --output_dir out
+
+Two stages, each resumable (run the same command again): an autoencoder, then the denoiser in its latent space.
+Every batch is drawn from a generator seeded by (seed, step) alone, so a resumed run sees what an unbroken one would.
+"""
+
+import argparse
+import copy
+import io
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel, compute_snr
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def load_rows(path, recipe):
+    """The data set's rows that the recipe uses, with a column `weight`: how often a row is drawn."""
+    rows = pd.read_parquet(path)
+    missing = {"image", "caption"} - set(rows.columns)
+    if missing:
+        raise ValueError(f"{path}: no column {sorted(missing)}; it has {list(rows.columns)}")
+    if recipe.get("skip_column"):
+        rows = rows[~rows[recipe["skip_column"]].astype(bool)].reset_index(drop=True)
+    if rows.empty:
+        raise ValueError(f"{path}: no rows are left to train on")
+    weights = recipe.get("category_weights", {})
+    rows["weight"] = [weights.get(c, 1.0) for c in rows.get("category", pd.Series([""] * len(rows)))]
+    return rows
+
+
+def load_images(rows, resolution):
+    """Pixels in [-1, 1], (N, 3, resolution, resolution)."""
+    images = torch.empty(len(rows), 3, resolution, resolution)
+    for i, cell in enumerate(rows["image"]):
+        image = Image.open(io.BytesIO(cell["bytes"])).convert("RGB").resize((resolution, resolution), Image.LANCZOS)
+        images[i] = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
+    return images
+
+
+def step_generator(seed, step):
+    """The random numbers of one training step, whichever run it happens in."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+# ---- a run that can be broken off ----------------------------------------------------------------------------------
+
+
+class Checkpoint:
+    """Named tensors and the step they belong to, in one folder that is always whole (written aside, then moved)."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def save(self, tensors, **state):
+        aside = self.folder.with_name(self.folder.name + ".new")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside / "state.safetensors")
+        (aside / "state.json").write_text(json.dumps(state))
+        if self.folder.exists():
+            old = self.folder.with_name(self.folder.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self.folder, old)
+        os.replace(aside, self.folder)
+        shutil.rmtree(self.folder.with_name(self.folder.name + ".old"), ignore_errors=True)
+
+    def load(self):
+        """(tensors, state), or None before the first save."""
+        old = self.folder.with_name(self.folder.name + ".old")
+        folder = self.folder if self.folder.exists() else old
+        if not folder.exists():
+            return None
+        return load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
+
+
+def optimizer_tensors(optimizer, names):
+    """AdamW's moments under the parameters' names, so that they fit in a safetensors file."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {f"optimizer.{n}.{k}": v for n, p in zip(names, params, strict=True) for k, v in optimizer.state[p].items()}
+
+
+def load_optimizer_tensors(optimizer, names, tensors):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, p in zip(names, params, strict=True):
+        optimizer.state[p] = {k: tensors[f"optimizer.{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+
+
+def train(models, loss_fn, *, out, seed, config, max_minutes, checkpoint_minutes, on_checkpoint=None):
+    """The loop of both stages: AdamW, warm-up, cosine to zero, EMA, checkpoints. Returns the EMA models.
+
+    Args:
+        models: name -> module, trained together.
+        loss_fn: (step, generator) -> scalar loss.
+        max_minutes: stop there if the steps are not done by then; the learning rate follows whichever is nearer.
+        on_checkpoint: called with {name: EMA module} and the step after each checkpoint.
+    """
+    named = [(f"{m}.{n}", p) for m, model in models.items() for n, p in model.named_parameters()]
+    names, params = [n for n, _ in named], [p for _, p in named]
+    optimizer = torch.optim.AdamW(params, lr=config["learning_rate"], betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ema = EMAModel(params, decay=config.get("ema_decay", 0.999), use_ema_warmup=True, power=0.75, foreach=True)
+
+    checkpoint, step, minutes = Checkpoint(out / "checkpoint"), 0, 0.0
+    if (found := checkpoint.load()) is not None:
+        tensors, state = found
+        with torch.no_grad():
+            for name, p, shadow in zip(names, params, ema.shadow_params, strict=True):
+                p.copy_(tensors[f"model.{name}"])
+                shadow.copy_(tensors[f"ema.{name}"])
+        load_optimizer_tensors(optimizer, names, tensors)
+        step, minutes = state["step"], state["minutes"]
+        ema.optimization_step = step
+
+    def averaged():
+        copies = {m: copy.deepcopy(model).eval() for m, model in models.items()}
+        ema.copy_to([p for m in copies.values() for p in m.parameters()])
+        return copies
+
+    def save():
+        tensors = optimizer_tensors(optimizer, names)
+        tensors |= {f"model.{n}": p for n, p in named}
+        tensors |= {f"ema.{n}": s for n, s in zip(names, ema.shadow_params, strict=True)}
+        checkpoint.save(tensors, step=step, minutes=minutes)
+        if on_checkpoint:
+            on_checkpoint(averaged(), step)
+
+    total, warmup = config["max_train_steps"], config.get("warmup_steps", 100)
+    log = open(out / "train_log.jsonl", "a")
+    bar = tqdm(total=total, initial=step, desc=out.name, dynamic_ncols=True)
+    last, saved, smooth = time.monotonic(), minutes, None
+    while step < total and minutes < max_minutes:
+        progress = min(max(step / total, minutes / max_minutes), 1.0)
+        lr = config["learning_rate"] * min((step + 1) / warmup, 1.0) * 0.5 * (1 + np.cos(np.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = loss_fn(step, step_generator(seed, step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(params)
+        step += 1
+        value = loss.item()
+        smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
+        minutes, last = minutes + (time.monotonic() - last) / 60, time.monotonic()
+        bar.update()
+        bar.set_postfix(loss=f"{smooth:.4f}", lr=f"{lr:.1e}", minutes=f"{minutes:.0f}")
+        if step % 50 == 0:
+            log.write(json.dumps({"step": step, "loss": smooth, "lr": lr, "minutes": minutes}) + "\n")
+            log.flush()
+        if minutes - saved >= checkpoint_minutes:
+            saved = minutes
+            save()
+            last = time.monotonic()
+    save()
+    bar.close()
+    return averaged(), {"steps": step, "minutes": round(minutes, 1), "final_loss": smooth}
+
+
+# ---- stage 1: autoencoder --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def whiten_(vae, images, batch_size=64):
+    """Scale and shift the latents to mean 0, variance 1 per channel, inside the VAE's own 1x1 quant convolutions.
+
+    What the VAE reconstructs does not change, and `scaling_factor` becomes 1.
+    """
+    latents = torch.cat([vae.encode(x).latent_dist.mean for x in images.split(batch_size)])
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    c = len(mean)
+    post = vae.post_quant_conv
+    post.bias += post.weight[:, :, 0, 0] @ mean
+    post.weight *= std[None, :, None, None]
+    quant = vae.quant_conv
+    quant.weight[:c] /= std[:, None, None, None]
+    quant.bias[:c] = (quant.bias[:c] - mean) / std
+    quant.bias[c:] -= 2 * std.log()
+    vae.register_to_config(scaling_factor=1.0)
+
+
+def train_autoencoder(recipe, images, probabilities, out, limits):
+    config = recipe["autoencoder"]
+    vae = AutoencoderKL(sample_size=recipe["resolution"], **config["config"])
+    vae.train()
+
+    def loss_fn(step, generator):
+        x = images[torch.multinomial(probabilities, recipe["train_batch_size"], replacement=True, generator=generator)]
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)).sample
+        return F.l1_loss(y, x) + F.mse_loss(y, x) + config["kl_weight"] * posterior.kl().mean()
+
+    averaged, summary = train({"vae": vae}, loss_fn, out=out, seed=recipe["seed"], config=config, **limits)
+    vae = averaged["vae"]
+    whiten_(vae, images)
+    with torch.no_grad():
+        error = [F.mse_loss(vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1), x) for x in images.split(64)]
+    summary["psnr_db"] = round(float(10 * torch.log10(4 / torch.stack(error).mean())), 2)
+    vae.save_pretrained(out / "vae")
+    (out / "summary.json").write_text(json.dumps(summary, indent=2))
+    return vae
+
+
+# ---- stage 2: denoiser -----------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(captions, config):
+    """A CLIP tokenizer (byte-pair encoding, lower case) whose vocabulary comes from the captions."""
+    blank = CLIPTokenizer(model_max_length=config["text_encoder"]["max_position_embeddings"])
+    return blank.train_new_from_iterator(captions, vocab_size=config["tokenizer_vocab_size"])
+
+
+def build_pipeline(recipe, vae, captions):
+    config = recipe["diffusion"]
+    tokenizer = train_tokenizer(captions, config)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **config["text_encoder"],
+    )  # fmt: skip
+    latent_channels = vae.config.latent_channels
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(in_channels=latent_channels, out_channels=latent_channels, **config["unet"]),
+        scheduler=DDIMScheduler(**config["scheduler"]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sample_sheet(pipe, validation, seed=0, columns=8):
+    """One picture of all validation prompts, eight in a row."""
+    prompts = validation["prompts"]
+    pipe.set_progress_bar_config(disable=True)
+    pictures = pipe(
+        prompts,
+        num_inference_steps=validation["num_inference_steps"],
+        guidance_scale=validation["guidance_scale"],
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
+    ).images
+    w, h = pictures[0].size
+    sheet = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * w, i // columns * h))
+    return sheet
+
+
+def train_denoiser(recipe, pipe, images, rows, probabilities, out, limits, compile_unet, bf16):
+    config, batch = recipe["diffusion"], recipe["train_batch_size"]
+    captions, keywords = rows["caption"].tolist(), [list(k) for k in rows.get("keywords", [[]] * len(rows))]
+    with torch.no_grad():
+        moments = [pipe.vae.encode(x).latent_dist for x in tqdm(images.split(64), desc="latents")]
+    mean, std = torch.cat([m.mean for m in moments]), torch.cat([m.std for m in moments])
+    scheduler, unet, text_encoder = pipe.scheduler, pipe.unet.train(), pipe.text_encoder.train()
+    forward = torch.compile(unet) if compile_unet else unet
+
+    def caption(i, u):
+        if u[0] < recipe["caption_dropout"]:
+            return ""
+        if keywords[i] and u[1] < recipe["keyword_probability"]:
+            return keywords[i][int(u[2] * len(keywords[i]))]
+        return captions[i]
+
+    def loss_fn(step, generator):
+        index = torch.multinomial(probabilities, batch, replacement=True, generator=generator)
+        uniform = torch.rand(batch, 3, generator=generator).tolist()
+        text = [caption(i, u) for i, u in zip(index.tolist(), uniform, strict=True)]
+        ids = pipe.tokenizer(
+            text, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        latents = mean[index] + std[index] * torch.randn(mean[index].shape, generator=generator)  # (B, C, h, w)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch,), generator=generator)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        target = scheduler.get_velocity(latents, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            text_states = text_encoder(ids)[0]
+            prediction = forward(noisy, timesteps, text_states, return_dict=False)[0].float()
+        snr = compute_snr(scheduler, timesteps)
+        weight = snr.clamp(max=config["snr_gamma"]) / (snr + 1)  # min-SNR for v-prediction (2303.09556)
+        weight = weight.clamp(min=0.05)  # the last, zero-SNR step must be learnt too
+        return ((prediction - target).pow(2).mean(dim=(1, 2, 3)) * weight).mean()
+
+    def with_averaged(averaged):
+        return StableDiffusionPipeline(**{**pipe.components, **averaged}, requires_safety_checker=False)
+
+    def on_checkpoint(averaged, step):
+        sample_sheet(with_averaged(averaged), recipe["validation"]).save(out / f"samples_{step:06d}.png")
+
+    models = {"unet": unet, "text_encoder": text_encoder}
+    averaged, summary = train(
+        models, loss_fn, out=out, seed=recipe["seed"] + 1, config=config, on_checkpoint=on_checkpoint, **limits
+    )
+    (out / "summary.json").write_text(json.dumps(summary, indent=2))
+    return with_averaged(averaged)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, required=True, help="a YAML file of training/recipes")
+    parser.add_argument("--train_data", type=Path, required=True, help="parquet file with columns image and caption")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--init_from", type=Path, help="a pipeline folder to start from (skips the autoencoder stage)")
+    parser.add_argument("--max_train_steps", type=int, help="of each stage; default: the recipe's")
+    parser.add_argument("--max_minutes", type=float, default=float("inf"), help="of each stage, wall clock")
+    parser.add_argument("--checkpoint_minutes", type=float, default=15.0)
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser: minutes first, faster then")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    recipe = yaml.safe_load(args.recipe.read_text())
+    if args.max_train_steps is not None:
+        for stage in ("autoencoder", "diffusion"):
+            recipe[stage]["max_train_steps"] = args.max_train_steps
+    limits = {"max_minutes": args.max_minutes, "checkpoint_minutes": args.checkpoint_minutes}
+    torch.manual_seed(recipe["seed"])
+    rows = load_rows(args.train_data, recipe)
+    images = load_images(rows, recipe["resolution"])
+    probabilities = torch.tensor(rows["weight"].to_numpy(), dtype=torch.float32)
+    print(f"{len(rows)} images from {args.train_data}")
+    for stage in ("autoencoder", "denoiser"):
+        (args.output_dir / stage).mkdir(parents=True, exist_ok=True)
+
+    if args.init_from:
+        pipe = StableDiffusionPipeline.from_pretrained(args.init_from, safety_checker=None)
+    else:
+        folder = args.output_dir / "autoencoder" / "vae"
+        if folder.exists():
+            vae = AutoencoderKL.from_pretrained(folder)
+        else:
+            vae = train_autoencoder(recipe, images, probabilities, args.output_dir / "autoencoder", limits)
+        pipe = build_pipeline(recipe, vae.eval().requires_grad_(False), rows["caption"].tolist())
+    pipe.vae.eval()
+    out = args.output_dir / "denoiser"
+    bf16 = args.mixed_precision == "bf16"
+    pipe = train_denoiser(recipe, pipe, images, rows, probabilities, out, limits, args.compile, bf16)
+    pipe.save_pretrained(args.output_dir / "pipeline", safe_serialization=True)
+    print(f"saved {args.output_dir / 'pipeline'}; samples in {out}")
+
+
+if __name__ == "__main__":
+    main()
