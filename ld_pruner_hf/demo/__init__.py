@@ -1,0 +1,44 @@
+"""Small pipelines that we trained ourselves and that ship with the package: everything runs with no download."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+PROMPTS = {
+    "emoji": ["red heart", "cat face", "pizza", "grinning face", "rocket", "evergreen tree", "crescent moon", "blue car"],
+}
+"""Prompts that show what each pipeline draws; they come from its training captions."""
+
+
+def names() -> list[str]:
+    """Names of the pipelines that are installed."""
+    return [name for name in PROMPTS if (_root() / name / "model_index.json").is_file()]
+
+
+def _root() -> Path:
+    return Path(str(resources.files(__name__)))
+
+
+def path(name: str) -> Path:
+    """Folder of a shipped pipeline; a plain diffusers folder with fp16 weights.
+
+    Raises:
+        ValueError: no pipeline of that name is installed.
+    """
+    if name not in names():
+        raise ValueError(f"demo pipeline: got {name!r}, expected one of {names()}")
+    return _root() / name
+
+
+def load(name: str = "emoji", **kwargs: Any) -> DiffusionPipeline:
+    """Load a shipped pipeline, in float32 unless `torch_dtype` says otherwise.
+
+    "emoji": 64x64 emoji from their names, a plain `StableDiffusionPipeline` (10M parameters).
+    """
+    kwargs.setdefault("torch_dtype", torch.float32)
+    return DiffusionPipeline.from_pretrained(path(name), **kwargs)
