@@ -296,8 +296,9 @@ def train_denoiser(recipe, pipe, images, rows, probabilities, out, limits, compi
             text_states = text_encoder(ids)[0]
             prediction = forward(noisy, timesteps, text_states, return_dict=False)[0].float()
         snr = compute_snr(scheduler, timesteps)
-        weight = snr.clamp(max=config["snr_gamma"]) / (snr + 1)  # min-SNR for v-prediction (2303.09556)
-        weight = weight.clamp(min=0.05)  # the last, zero-SNR step must be learnt too
+        # Min-SNR (2303.09556) with SNR + 1 for SNR: in terms of x_0, weights from 1 at pure noise up to gamma. Noisy steps
+        # decide an emoji's shape, and the first of them starts from no signal at all (zero terminal SNR).
+        weight = (snr + 1).clamp(max=config["snr_gamma"]) / (snr + 1)
         return ((prediction - target).pow(2).mean(dim=(1, 2, 3)) * weight).mean()
 
     def with_averaged(averaged):
