@@ -1,5 +1,7 @@
 """Score and prune the denoiser of any diffusers pipeline (LD-Pruner, arXiv 2404.11936).
 
+In short:
+
     import ld_pruner_hf                                  # adds score, prune and profile to every DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained(...)
     plan = pipe.prune(10)                                # in place: exactly 10 operators

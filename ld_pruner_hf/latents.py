@@ -71,7 +71,9 @@ def find_denoiser(pipe: Any, component: str | None = None, **call: Any) -> str:
         for handle in handles:
             handle.remove()
     if not last:
-        raise ValueError(f"{where}: none of {sorted(modules)} ran before a scheduler step; name one with component=...")
+        raise ValueError(
+            f"{where}: none of {sorted(modules)} ran before a scheduler step; name one with component=..."
+        )
     return last[-1]
 
 
@@ -106,7 +108,9 @@ def steps_argument(pipe: Any, num_inference_steps: int | None) -> Condition:
     raise ValueError(f"{type(pipe).__name__} takes no number of steps; leave num_inference_steps out")
 
 
-def make_conditions(pipe: Any, conditions: Any = None, call_kwargs: Mapping[str, Any] | None = None) -> list[Condition]:
+def make_conditions(
+    pipe: Any, conditions: Any = None, call_kwargs: Mapping[str, Any] | None = None
+) -> list[Condition]:
     """Turn what a user passed as conditions into a list of call arguments, one dict a condition.
 
     Args:
@@ -134,13 +138,17 @@ def make_conditions(pipe: Any, conditions: Any = None, call_kwargs: Mapping[str,
         if isinstance(condition, str):
             condition = {"prompt": condition}
         if not isinstance(condition, Mapping):
-            raise ValueError(f"conditions[{i}]: got {type(condition).__name__}, expected a prompt or a dict of call arguments")
+            raise ValueError(
+                f"conditions[{i}]: got {type(condition).__name__}, expected a prompt or a dict of call arguments"
+            )
         result.append({**call_kwargs, **condition})
     check_call_arguments(pipe, list(dict.fromkeys(k for c in result for k in c)))
     for reserved in ("generator", "latents", "output_type", "return_dict"):
         if any(reserved in c for c in result):
             raise ValueError(f"{reserved!r} is set by ld_pruner_hf itself; use seed= and seeds= to choose the noise")
-    needed = [n for n, p in parameters.items() if n != "self" and p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    needed = [
+        n for n, p in parameters.items() if n != "self" and p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
     missing = [n for n in needed if n not in result[0]]
     if missing:
         raise ValueError(
@@ -316,7 +324,9 @@ def final_latents(pipe: Any, call: Condition, seeds: Sequence[int], stop_after: 
             if hasattr(pipe, "maybe_free_model_hooks"):
                 pipe.maybe_free_model_hooks()
     if latents is None:
-        raise RuntimeError(f"{type(pipe).__name__} finished without a step of its scheduler {type(pipe.scheduler).__name__}")
+        raise RuntimeError(
+            f"{type(pipe).__name__} finished without a step of its scheduler {type(pipe.scheduler).__name__}"
+        )
     return latents.detach().to("cpu", torch.float32)
 
 
@@ -354,5 +364,7 @@ def record_call(pipe: Any, component: str, call: Condition, seed: int = 0) -> Re
     finally:
         handle.remove()
     if not found:
-        raise ValueError(f"{type(pipe).__name__}: its component {component!r} did not run; name the denoiser with component=...")
+        raise ValueError(
+            f"{type(pipe).__name__}: its component {component!r} did not run; name the denoiser with component=..."
+        )
     return found[0]

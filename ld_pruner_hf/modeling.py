@@ -22,12 +22,18 @@ from .surgery import apply_plan_, count_params
 
 PLAN_KEY = "pruning_plan"
 GUARD_KEY = "quantization_config"
-GUARD = {"quant_method": "ld_pruner_hf (a pruned model: `pip install ld_pruner_hf`, then `import ld_pruner_hf` before loading)"}
+GUARD = {
+    "quant_method": "ld_pruner_hf (a pruned model: `pip install ld_pruner_hf`, then `import ld_pruner_hf` before loading)"
+}
 
 
 def plan_of(model: nn.Module) -> PruningPlan | None:
     """The plan that `model` was pruned by, or None for an unpruned model."""
-    data = getattr(model, "config", {}).get(PLAN_KEY) if isinstance(model, ConfigMixin) else getattr(model, PLAN_KEY, None)
+    data = (
+        getattr(model, "config", {}).get(PLAN_KEY)
+        if isinstance(model, ConfigMixin)
+        else getattr(model, PLAN_KEY, None)
+    )
     return None if data is None else PruningPlan.from_dict(data, f"config of {type(model).__name__}")
 
 
@@ -110,7 +116,9 @@ def _wrap_from_pretrained(from_pretrained: Callable[..., Any]) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if PLAN_KEY in getattr(model, "config", {}):
-            wrong = {k: v for k in ("missing_keys", "mismatched_keys", "unexpected_keys") if (v := list(info.get(k) or ()))}
+            wrong = {
+                k: v for k in ("missing_keys", "mismatched_keys", "unexpected_keys") if (v := list(info.get(k) or ()))
+            }
             if wrong:
                 raise PlanError(
                     f"{pretrained_model_name_or_path}: the weights do not fit the plan in its config: {wrong}; the folder is "

@@ -100,8 +100,22 @@ def _output_leaves(output: Any) -> tuple[list[torch.Tensor], Any] | str:
 class _Additions(TorchFunctionMode):
     """Notes which modules' outputs end up in an addition: there, zero is what removes the branch (METHODS, LD-Pruner 1)."""
 
-    _ADD = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}
-    _SCALE = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.__truediv__, torch.div}
+    _ADD = {
+        torch.add,
+        torch.Tensor.add,
+        torch.Tensor.add_,
+        torch.Tensor.__add__,
+        torch.Tensor.__radd__,
+        torch.Tensor.__iadd__,
+    }
+    _SCALE = {
+        torch.mul,
+        torch.Tensor.mul,
+        torch.Tensor.__mul__,
+        torch.Tensor.__rmul__,
+        torch.Tensor.__truediv__,
+        torch.div,
+    }
     _MOVE = {
         torch.Tensor.contiguous, torch.Tensor.reshape, torch.Tensor.to, torch.Tensor.flatten, torch.Tensor.clone,
         torch.permute, torch.reshape, torch.transpose,
@@ -151,7 +165,10 @@ def _closest(leaves: list[_Leaf], output: torch.Tensor) -> _Leaf:
     if len(leaves) == 1 or output.is_meta:
         return leaves[0]
     flat = output.detach().flatten().float()
-    return max(leaves, key=lambda leaf: abs(torch.cosine_similarity(leaf.tensor.detach().flatten().float(), flat, dim=0).item()))
+    return max(
+        leaves,
+        key=lambda leaf: abs(torch.cosine_similarity(leaf.tensor.detach().flatten().float(), flat, dim=0).item()),
+    )
 
 
 def _adapt(module: nn.Module, source: _Leaf, shape: Sequence[int]) -> OutputRule | str:
@@ -198,7 +215,11 @@ def _stand_in_for(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Sta
             rules.append(OutputRule(source.argument, source.position, "identity", source.index))
             continue
         alike = [leaf for leaf in leaves if leaf.tensor.ndim == t.ndim]
-        rule = _adapt(module, alike[0], t.shape) if alike else f"no input has {t.ndim} dimensions, as output {tuple(t.shape)} has"
+        rule = (
+            _adapt(module, alike[0], t.shape)
+            if alike
+            else f"no input has {t.ndim} dimensions, as output {tuple(t.shape)} has"
+        )
         if isinstance(rule, str):
             return rule
         rules.append(rule)
@@ -246,7 +267,9 @@ def _watch(model: nn.Module, call: RecordedCall) -> dict[str, _Seen]:
 
         return hook
 
-    inside_stand_in = {f"{n}.{m}" for n, s in modules.items() if isinstance(s, StandIn) for m, _ in s.named_modules() if m}
+    inside_stand_in = {
+        f"{n}.{m}" for n, s in modules.items() if isinstance(s, StandIn) for m, _ in s.named_modules() if m
+    }
     for path in list(seen):
         if path in inside_stand_in or isinstance(modules[path], StandIn):
             del seen[path]
@@ -338,7 +361,10 @@ def _drop_failing(model: nn.Module, call: RecordedCall, operators: list[Operator
     """Make no candidate of an operator without whose attributes its parent, say, cannot run."""
     candidates = [o for o in operators if o.is_candidate]
     failures: dict[str, str] = {}
-    with torch.no_grad(), tqdm(total=len(candidates), desc="trying stand-ins", disable=not progress, leave=False) as bar:
+    with (
+        torch.no_grad(),
+        tqdm(total=len(candidates), desc="trying stand-ins", disable=not progress, leave=False) as bar,
+    ):
         go = _quickest_run(model, call)
         for depth in sorted({o.path.count(".") for o in candidates}):  # operators of one depth do not nest
             failures |= _failures(model, [o for o in candidates if o.path.count(".") == depth], go, bar)
@@ -365,7 +391,9 @@ def check_filters(model: nn.Module, include: Any, exclude: Any, kinds: Any) -> t
     for name, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(selected(path, kind, [pattern], None, None) for path, kind in modules.items()):
-                raise ValueError(f"{name}: the pattern {pattern!r} matches no module; paths look like {list(modules)[:3]}")
+                raise ValueError(
+                    f"{name}: the pattern {pattern!r} matches no module; paths look like {list(modules)[:3]}"
+                )
     known = sorted(set(modules.values()))
     for kind in kinds:
         if kind not in known:
@@ -380,7 +408,11 @@ def recorded(example_inputs: Any) -> RecordedCall:
     if isinstance(example_inputs, Mapping):
         return RecordedCall((), dict(example_inputs))
     if isinstance(example_inputs, (tuple, list)):
-        if len(example_inputs) == 2 and isinstance(example_inputs[0], (tuple, list)) and isinstance(example_inputs[1], Mapping):
+        if (
+            len(example_inputs) == 2
+            and isinstance(example_inputs[0], (tuple, list))
+            and isinstance(example_inputs[1], Mapping)
+        ):
             return RecordedCall(tuple(example_inputs[0]), dict(example_inputs[1]))
         return RecordedCall(tuple(example_inputs), {})
     raise ValueError(
@@ -487,9 +519,17 @@ def _find(
                 reason = f"no cheaper stand-in ({', '.join(s.name for s in offered) or 'only zero'} costs as much)"
         operators.append(
             Operator(
-                path=path, kind=type(module).__name__, parent=path.rpartition(".")[0], calls=entry.calls,
-                input_shapes=entry.input_shapes, output_shapes=entry.output_shapes, params=params, macs=own_macs,
-                latency_share=shares.get(path), stand_ins=() if reason else tuple(specs), reason=reason,
+                path=path,
+                kind=type(module).__name__,
+                parent=path.rpartition(".")[0],
+                calls=entry.calls,
+                input_shapes=entry.input_shapes,
+                output_shapes=entry.output_shapes,
+                params=params,
+                macs=own_macs,
+                latency_share=shares.get(path),
+                stand_ins=() if reason else tuple(specs),
+                reason=reason,
                 aliases=tuple(n for n in paths[id(module)] if n != path),
             )  # fmt: skip
         )

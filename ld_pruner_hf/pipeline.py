@@ -25,7 +25,8 @@ _LAST_SCORES = "_ld_pruner_scores"
 def plan_from(rows: list[OperatorScore], scores: OperatorScores, params_before: int, **how: Any) -> PruningPlan:
     """A plan that applies the chosen rows."""
     modifications = tuple(
-        Modification(r.path, r.kind, r.stand_in, r.params_removed, r.macs_removed, r.score(scores.criterion)) for r in rows
+        Modification(r.path, r.kind, r.stand_in, r.params_removed, r.macs_removed, r.score(scores.criterion))
+        for r in rows
     )
     return PruningPlan(
         component=scores.component,
@@ -64,7 +65,9 @@ def make_plan(
         usable = last is not None and component in (None, last.component) and not score_kwargs and _fits(pipe, last)
         scores = last if usable else score(pipe, component=component, **score_kwargs)
     if not isinstance(scores, OperatorScores):
-        raise ValueError(f"scores: got {type(scores).__name__}, expected OperatorScores or the path of a file of scores")
+        raise ValueError(
+            f"scores: got {type(scores).__name__}, expected OperatorScores or the path of a file of scores"
+        )
     if component is not None and component != scores.component:
         raise ValueError(f"component: got {component!r}, the scores are of {scores.component!r}")
     model = _component(pipe, scores.component)

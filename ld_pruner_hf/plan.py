@@ -36,7 +36,9 @@ def read_json(path: str | os.PathLike, expected_format: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: not readable as JSON ({error}); the file is truncated or damaged, make it anew") from error
+        raise PlanError(
+            f"{path}: not readable as JSON ({error}); the file is truncated or damaged, make it anew"
+        ) from error
     return check_format(data, expected_format, str(path))
 
 
@@ -222,8 +224,14 @@ class Modification:
             path, kind, stand_in = data["path"], data["kind"], data["stand_in"]
         except (KeyError, TypeError) as error:
             raise PlanError(f"modification {data!r}: {error!r}; the plan is damaged, make it anew") from error
-        if not isinstance(path, str) or not path or not all(part.isidentifier() or part.isdigit() for part in path.split(".")):
-            raise PlanError(f"modification: got path {path!r}, expected a dotted module path such as 'mid_block.attentions.0'")
+        if (
+            not isinstance(path, str)
+            or not path
+            or not all(part.isidentifier() or part.isdigit() for part in path.split("."))
+        ):
+            raise PlanError(
+                f"modification: got path {path!r}, expected a dotted module path such as 'mid_block.attentions.0'"
+            )
         return cls(
             path=path,
             kind=str(kind),
@@ -260,7 +268,9 @@ class PruningPlan:
         for path in paths:
             outer = [p for p in paths if is_inside(path, p)]
             if outer:
-                raise PlanError(f"plan: {path!r} lies inside {outer[0]!r}, which is replaced too; keep only one of them")
+                raise PlanError(
+                    f"plan: {path!r} lies inside {outer[0]!r}, which is replaced too; keep only one of them"
+                )
 
     def __len__(self) -> int:
         return len(self.modifications)
@@ -319,7 +329,9 @@ class PruningPlan:
         return cls.from_dict(read_json(path, PLAN_FORMAT), str(path))
 
     def __str__(self) -> str:
-        lines = [f"{len(self)} operators of {self.component or self.model_class}, {self.params_removed / 1e6:.2f}M params removed"]
+        lines = [
+            f"{len(self)} operators of {self.component or self.model_class}, {self.params_removed / 1e6:.2f}M params removed"
+        ]
         width = max((len(m.path) for m in self.modifications), default=0)
         for m in self.modifications:
             score = "" if m.score is None else f"  score {m.score:.4g}"

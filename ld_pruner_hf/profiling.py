@@ -55,7 +55,9 @@ class Profile:
         return asdict(self)
 
     def __str__(self) -> str:
-        time_ = "not measured" if self.latency_ms is None else f"{self.latency_ms:.1f} ms (IQR {self.latency_iqr_ms:.1f})"
+        time_ = (
+            "not measured" if self.latency_ms is None else f"{self.latency_ms:.1f} ms (IQR {self.latency_iqr_ms:.1f})"
+        )
         return (
             f"{self.params / 1e6:.2f}M params, {self.macs / 1e9:.3f} GMACs a sample "
             f"({self.macs_conv_linear / 1e9:.3f} conv + linear), {time_} a call of {self.batch_size} "
@@ -92,7 +94,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_latency(fn: Callable[[], Any], device: torch.device, repeats: int = 10, warmup: int = 3) -> tuple[float, float]:
+def measure_latency(
+    fn: Callable[[], Any], device: torch.device, repeats: int = 10, warmup: int = 3
+) -> tuple[float, float]:
     """(median, interquartile range) of the time of `fn()` in ms, after warm-up."""
     times = []
     for i in range(warmup + repeats):

@@ -54,7 +54,9 @@ class Adapter(nn.Module):
             return F.linear(x, self.weight, self.bias)
         if x.ndim == 4:
             return F.conv2d(x, self.weight[:, :, None, None], self.bias)
-        return F.linear(x.movedim(self.rule.channel_dim, -1), self.weight, self.bias).movedim(-1, self.rule.channel_dim)
+        return F.linear(x.movedim(self.rule.channel_dim, -1), self.weight, self.bias).movedim(
+            -1, self.rule.channel_dim
+        )
 
     def forward(self, x: torch.Tensor, size: tuple[int, ...] | None = None) -> torch.Tensor:
         factors = self.rule.factors

@@ -148,7 +148,9 @@ class OperatorScores:
         try:
             return cls(tuple(rows), **{k: header[k] for k in keys})
         except KeyError as error:
-            raise PlanError(f"{path}: the first line has no {error}; it is no complete file of scores, score again") from error
+            raise PlanError(
+                f"{path}: the first line has no {error}; it is no complete file of scores, score again"
+            ) from error
 
     def table(self, criterion: str | None = None) -> list[dict[str, Any]]:
         """Plain rows, least important operator first, one per operator and stand-in."""
@@ -175,7 +177,9 @@ class OperatorScores:
         failed = sum(row.error is not None for row in ranked)
         shown = ranked if len(ranked) <= 20 else [*ranked[:12], None, *ranked[-5:]]
         width = max((len(row.path) for row in shown if row), default=4)
-        lines = [f"{len(ranked)} operators of {self.component or self.model_class}, {failed} failed; {self.criterion}, low = unimportant"]
+        lines = [
+            f"{len(ranked)} operators of {self.component or self.model_class}, {failed} failed; {self.criterion}, low = unimportant"
+        ]
         lines.append(f"  {'operator':<{width}}  {'kind':<22} {'stand-in':<13} {'score':>10} {'params':>9} {'MACs':>8}")
         for row in shown:
             if row is None:
@@ -202,7 +206,9 @@ def read_rows(path: str | os.PathLike) -> tuple[dict[str, Any], list[OperatorSco
         try:
             parsed.append(json.loads(line))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path}, line {number}: not readable as JSON ({error}); the file is damaged, score again") from error
+            raise PlanError(
+                f"{path}, line {number}: not readable as JSON ({error}); the file is damaged, score again"
+            ) from error
         if not isinstance(parsed[-1], dict):
             raise PlanError(f"{path}, line {number}: got {type(parsed[-1]).__name__}, expected an object; score again")
     header = check_format(parsed[0], SCORES_FORMAT, str(path))
@@ -230,8 +236,13 @@ class RowFile:
         ignored = ("criterion",)
         differ = [k for k in header if k not in ignored and json.loads(json.dumps(header[k])) != old.get(k)]
         if differ:
-            what = "; ".join(f"{k}: file has {_short(old.get(k), header[k])}, this run {_short(header[k], old.get(k))}" for k in differ)
-            raise PlanError(f"{self.path}: made by another run ({what}); pass the same model and settings, or another file")
+            what = "; ".join(
+                f"{k}: file has {_short(old.get(k), header[k])}, this run {_short(header[k], old.get(k))}"
+                for k in differ
+            )
+            raise PlanError(
+                f"{self.path}: made by another run ({what}); pass the same model and settings, or another file"
+            )
         with open(self.path, "r+b") as file:
             file.truncate(good)
         self.found = {row.key: row for row in rows}

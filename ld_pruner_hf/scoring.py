@@ -79,7 +79,10 @@ def _costs(operator: Operator, spec: StandInSpec) -> tuple[int, int]:
 def _digest(value: Any) -> str:
     """A short, stable description of a condition for the file of scores; tensors and images by their content."""
     if isinstance(value, torch.Tensor):
-        return f"tensor {tuple(value.shape)} " + hashlib.sha256(value.detach().cpu().float().numpy().tobytes()).hexdigest()[:12]
+        return (
+            f"tensor {tuple(value.shape)} "
+            + hashlib.sha256(value.detach().cpu().float().numpy().tobytes()).hexdigest()[:12]
+        )
     if hasattr(value, "tobytes"):
         return f"{type(value).__name__} " + hashlib.sha256(value.tobytes()).hexdigest()[:12]
     if isinstance(value, (list, tuple)):
@@ -171,11 +174,15 @@ def score_operators(
         )  # fmt: skip
         todo = [(o, spec) for o in operators for spec in o.stand_ins]
         if not todo:
-            raise ValueError(f"none of {len(operators)} selected modules can be replaced; see find_operators for the reasons")
+            raise ValueError(
+                f"none of {len(operators)} selected modules can be replaced; see find_operators for the reasons"
+            )
         jobs = make_jobs(pipe, conditions, settings["seeds"], batch_size)
         latents = LatentSets(pipe, jobs, len(conditions), pooled)
         measured = _measure(model, todo, latents, rows, quiet)
-    return OperatorScores(tuple(measured), **{k: getattr(scores, k) for k in scores.__dataclass_fields__ if k != "rows"})
+    return OperatorScores(
+        tuple(measured), **{k: getattr(scores, k) for k in scores.__dataclass_fields__ if k != "rows"}
+    )
 
 
 def _measure(

@@ -10,7 +10,16 @@ import torch
 from diffusers import DiffusionPipeline
 
 PROMPTS = {
-    "emoji": ["red heart", "cat face", "pizza", "grinning face", "rocket", "evergreen tree", "crescent moon", "blue car"],
+    "emoji": [
+        "red heart",
+        "cat face",
+        "pizza",
+        "grinning face",
+        "rocket",
+        "evergreen tree",
+        "crescent moon",
+        "blue car",
+    ],
 }
 """Prompts that show what each pipeline draws; they come from its training captions."""
 
