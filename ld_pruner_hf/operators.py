@@ -100,26 +100,18 @@ def _output_leaves(output: Any) -> tuple[list[torch.Tensor], Any] | str:
 class _Additions(TorchFunctionMode):
     """Notes which modules' outputs end up in an addition: there, zero is what removes the branch (METHODS, LD-Pruner 1)."""
 
-    _ADD = {
-        torch.add,
-        torch.Tensor.add,
-        torch.Tensor.add_,
-        torch.Tensor.__add__,
-        torch.Tensor.__radd__,
-        torch.Tensor.__iadd__,
-    }
-    _SCALE = {
-        torch.mul,
-        torch.Tensor.mul,
-        torch.Tensor.__mul__,
-        torch.Tensor.__rmul__,
-        torch.Tensor.__truediv__,
-        torch.div,
-    }
-    _MOVE = {
-        torch.Tensor.contiguous, torch.Tensor.reshape, torch.Tensor.to, torch.Tensor.flatten, torch.Tensor.clone,
-        torch.permute, torch.reshape, torch.transpose,
-    }  # fmt: skip
+    _ADD = frozenset(
+        {torch.add, *(getattr(torch.Tensor, n) for n in ("add", "add_", "__add__", "__radd__", "__iadd__"))}
+    )
+    _SCALE = frozenset(
+        {torch.mul, torch.div, *(getattr(torch.Tensor, n) for n in ("mul", "__mul__", "__rmul__", "__truediv__"))}
+    )
+    _MOVE = frozenset(
+        {
+            *(getattr(torch.Tensor, n) for n in ("contiguous", "reshape", "to", "flatten", "clone")),
+            *(torch.permute, torch.reshape, torch.transpose),
+        }
+    )
 
     def __init__(self, on_added: Callable[[str], None]) -> None:
         super().__init__()
@@ -531,6 +523,6 @@ def _find(
                 stand_ins=() if reason else tuple(specs),
                 reason=reason,
                 aliases=tuple(n for n in paths[id(module)] if n != path),
-            )  # fmt: skip
+            )
         )
     return _drop_failing(model, call, operators, progress) if trial else operators

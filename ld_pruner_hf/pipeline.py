@@ -16,7 +16,7 @@ from .plan import Modification, PlanError, PruningPlan
 from .profiling import Profile, profile_call
 from .scores import OperatorScore, OperatorScores, check_criterion
 from .scoring import score_operators
-from .selection import check_k, innermost, top_k
+from .selection import check_k, top_k
 from .surgery import architecture_of, check_plan, count_params, refuse_wrapped
 
 _LAST_SCORES = "_ld_pruner_scores"
@@ -173,13 +173,13 @@ def _upper_limit(pipe: DiffusionPipeline, component: str | None) -> int:
 class LDPrunerMixin:
     """The methods that `import ld_pruner_hf` gives every `DiffusionPipeline`."""
 
-    def score(self, conditions: Any = None, **kwargs: Any) -> OperatorScores:
+    def score(self: Any, conditions: Any = None, **kwargs: Any) -> OperatorScores:
         return score(self, conditions, **kwargs)
 
-    def prune(self, target: int | PruningPlan | str | os.PathLike, **kwargs: Any) -> PruningPlan:
+    def prune(self: Any, target: int | PruningPlan | str | os.PathLike, **kwargs: Any) -> PruningPlan:
         return prune(self, target, **kwargs)
 
-    def profile(self, **kwargs: Any) -> Profile:
+    def profile(self: Any, **kwargs: Any) -> Profile:
         return profile(self, **kwargs)
 
     score.__doc__, prune.__doc__, profile.__doc__ = score_operators.__doc__, prune.__doc__, profile.__doc__

@@ -171,7 +171,7 @@ def profile_call(model: nn.Module, call: RecordedCall, *, per_operator: bool = F
             memory = torch.cuda.max_memory_allocated(device) / 1e6
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    operators = {}
+    operators: dict[str, dict[str, float]] = {}
     if per_operator:
         shares = latency_shares(model, call) if device.type != "meta" else {}
         for path, module in model.named_modules():

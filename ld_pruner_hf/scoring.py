@@ -154,7 +154,7 @@ def score_operators(
         model: nn.Module = getattr(pipe, component)
         refuse_wrapped(model)
         check_filters(model, include, exclude, kinds)
-        settings = {
+        settings: dict[str, Any] = {
             "conditions": [{k: _digest(v) for k, v in c.items()} for c in conditions],
             "seeds": list(range(seed, seed + seeds)),
             "pooled": pooled,
