@@ -213,19 +213,19 @@ def _batchable(name: str, value: Any) -> bool:
 def preserved(pipe: Any) -> Iterator[None]:
     """Put back what pipeline calls change: random state, training flags, scheduler, the pipeline's private attributes.
 
-    Inside, modules are in eval mode, gradients are off and the pipeline's own progress bars are quiet.
+    Inside, modules are in eval mode, gradients are off, the pipeline's own progress bars are quiet and its scheduler is a copy.
     """
     rng = torch.get_rng_state(), np.random.get_state(), random.getstate()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     attributes = dict(vars(pipe))
     modules = [m for part in modules_of(pipe).values() for m in part.modules()]
     training = [m.training for m in modules]
-    scheduler = getattr(pipe, "scheduler", None)
-    scheduler_state = copy.deepcopy(vars(scheduler)) if scheduler is not None else {}
     try:
         for module in modules:
             module.training = False
         pipe._progress_bar_config = {"disable": True}
+        if hasattr(pipe, "scheduler"):
+            pipe.scheduler = copy.deepcopy(pipe.scheduler)
         with torch.no_grad():
             yield
     finally:
@@ -233,9 +233,6 @@ def preserved(pipe: Any) -> Iterator[None]:
             module.training = flag
         vars(pipe).clear()
         vars(pipe).update(attributes)
-        if scheduler is not None:
-            vars(scheduler).clear()
-            vars(scheduler).update(scheduler_state)
         torch.set_rng_state(rng[0])
         np.random.set_state(rng[1])
         random.setstate(rng[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,20 @@ from torch import nn
 
 from .latents import find_denoiser, make_conditions, preserved, record_call
 from .modeling import prune_
-from .operators import recorded, steps_argument_if_any
+from .operators import find_operators, recorded, steps_argument_if_any
 from .plan import Modification, PlanError, PruningPlan
 from .profiling import Profile, profile_call
 from .scores import OperatorScore, OperatorScores, check_criterion
 from .scoring import score_operators
-from .selection import check_k, top_k
+from .selection import check_k, innermost, top_k
 from .surgery import architecture_of, check_plan, count_params, refuse_wrapped
 
 _LAST_SCORES = "_ld_pruner_scores"
 
 
 def plan_from(rows: list[OperatorScore], scores: OperatorScores, params_before: int, **how: Any) -> PruningPlan:
-    """A plan that applies the chosen rows."""
+    """A plan that applies the chosen rows. It goes into published configs, so it counts the conditions but does not quote them."""
+    settings = {**scores.settings, "conditions": len(scores.settings.get("conditions", ()))}
     modifications = tuple(
         Modification(r.path, r.kind, r.stand_in, r.params_removed, r.macs_removed, r.score(scores.criterion))
         for r in rows
@@ -34,7 +36,7 @@ def plan_from(rows: list[OperatorScore], scores: OperatorScores, params_before: 
         architecture=scores.architecture,
         modifications=modifications,
         params_before=params_before,
-        how={"criterion": scores.criterion, "settings": scores.settings, **how},
+        how={"criterion": scores.criterion, "settings": settings, **how},
     )
 
 
@@ -55,7 +57,7 @@ def make_plan(
     **score_kwargs: Any,
 ) -> PruningPlan:
     """Choose the k least important operators without touching the pipeline; see `prune` for arguments and errors."""
-    check_k(k, _upper_limit(pipe, component))
+    check_k(k)
     if criterion is not None:
         check_criterion(criterion)
     if isinstance(scores, (str, os.PathLike)):
@@ -63,6 +65,8 @@ def make_plan(
     if scores is None:
         last = getattr(pipe, _LAST_SCORES, None)
         usable = last is not None and component in (None, last.component) and not score_kwargs and _fits(pipe, last)
+        if not usable:
+            _check_reachable(pipe, k, component, score_kwargs)
         scores = last if usable else score(pipe, component=component, **score_kwargs)
     if not isinstance(scores, OperatorScores):
         raise ValueError(
@@ -164,10 +168,19 @@ def _fits(pipe: DiffusionPipeline, scores: OperatorScores) -> bool:
     return architecture_of(_component(pipe, scores.component)) == scores.architecture
 
 
-def _upper_limit(pipe: DiffusionPipeline, component: str | None) -> int:
-    """A quick bound for k, before any long work: the number of modules that hold no other."""
-    model = _component(pipe, component or find_denoiser(pipe))
-    return sum(1 for m in model.modules() if not any(True for _ in m.children()))
+def _check_reachable(pipe: DiffusionPipeline, k: int, component: str | None, score_kwargs: dict[str, Any]) -> None:
+    """Raise ValueError before the long scoring if fewer than k operators can be taken out together."""
+    filters = {name: score_kwargs[name] for name in ("include", "exclude", "kinds", "standins") if name in score_kwargs}
+    call = make_conditions(pipe, score_kwargs.get("conditions"), _call_arguments(score_kwargs))[0]
+    operators = find_operators(pipe, component=component, trial=False, latency=False, progress=False, **filters, **call)
+    candidates = [o.path for o in operators if o.is_candidate]
+    check_k(k, len(innermost(candidates)))
+
+
+def _call_arguments(score_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `score`'s arguments that go on to the pipeline's call."""
+    own = inspect.signature(score_operators).parameters
+    return {name: value for name, value in score_kwargs.items() if name not in own}
 
 
 class LDPrunerMixin:

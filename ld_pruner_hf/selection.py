@@ -6,18 +6,19 @@ from .plan import is_inside
 from .scores import OperatorScore, OperatorScores
 
 
-def innermost(rows: list[OperatorScore]) -> list[OperatorScore]:
-    """Rows with no other row inside them: as many operators as can be modified together."""
-    return [row for row in rows if not any(is_inside(other.path, row.path) for other in rows)]
+def innermost(paths: list[str]) -> list[str]:
+    """Paths with no other path inside them: as many operators as can be modified together."""
+    return [path for path in paths if not any(is_inside(other, path) for other in paths)]
 
 
-def check_k(k: object, limit: int) -> int:
-    """k as an int; ValueError if it is none, not positive, or more than can be modified together."""
+def check_k(k: object, limit: int | None = None) -> None:
+    """Raise ValueError if k is no whole number, not positive, or more than the `limit` that can be modified together."""
+    upto = "or more" if limit is None else f"to {limit}"
     if isinstance(k, bool) or not isinstance(k, int):
-        raise ValueError(f"k: got {k!r}, expected a whole number of operators, 1 to {limit}")
-    if not 1 <= k <= limit:
-        raise ValueError(f"k: got {k}, expected 1 to {limit}: so many candidates do not lie inside each other")
-    return k
+        raise ValueError(f"k: got {k!r}, expected a whole number of operators, 1 {upto}")
+    if k < 1 or (limit is not None and k > limit):
+        many = "" if limit is None else f"; the candidates that do not lie inside each other are {limit}"
+        raise ValueError(f"k: got {k}, expected 1 {upto}{many}")
 
 
 def top_k(scores: OperatorScores, k: int, criterion: str | None = None) -> list[OperatorScore]:
@@ -33,7 +34,7 @@ def top_k(scores: OperatorScores, k: int, criterion: str | None = None) -> list[
         ValueError: k is not between 1 and the number of operators that can be modified together.
     """
     rows = [row for row in scores.ranked(criterion) if row.error is None]
-    leaves = {row.path for row in innermost(rows)}
+    leaves = set(innermost([row.path for row in rows]))
     check_k(k, len(leaves))
     chosen: dict[str, OperatorScore] = {}
     reach = len(leaves)  # as many as can still be modified together, given what is chosen
