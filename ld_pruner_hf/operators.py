@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
@@ -118,10 +119,13 @@ class _Additions(TorchFunctionMode):
         self.on_added = on_added
         self.producers: dict[int, set[str]] = {}  # storage -> modules whose output it holds
         self.consumed: set[int] = set()  # storages that a module has read: a trunk, not the end of a branch
+        self.known: dict[int, StorageWeakRef] = {}  # keeps addresses unique: a freed tensor's is not given to a new one
 
-    @staticmethod
-    def _key(tensor: torch.Tensor) -> int:
-        return tensor.untyped_storage()._cdata
+    def _key(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known[storage._cdata] = StorageWeakRef(storage)
+        return storage._cdata
 
     def ran(self, path: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         read, made = {self._key(t) for t in inputs}, {self._key(t) for t in outputs}
