@@ -60,7 +60,7 @@ def measure(task, model):
         batch = {"batch_size": 2} if prompt is None else {"prompt": [prompt] * 2}
         pipe(**batch, **call, generator=[torch.Generator().manual_seed(i) for i in range(2)])
     else:
-        ld_pruner_hf.score(pipe, seeds=2, include=["mid_block*", "up_blocks.3.attentions*"], **call)
+        ld_pruner_hf.score(pipe, seeds=2, include=["mid_block*", "up_blocks.3*"], kinds=["ResnetBlock2D", "Attention"], **call)
     print(json.dumps({"before": before, "peak": peak_mb()}))
 
 
