@@ -8,6 +8,7 @@ In short:
     pipe.save_pretrained("pruned")                       # and back: DiffusionPipeline.from_pretrained("pruned")
 """
 
+from . import demo
 from . import modeling as _modeling
 from . import pipeline as _pipeline
 from .modeling import plan_of
@@ -24,8 +25,8 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CRITERIA", "LDPrunerMixin", "Modification", "Operator", "OperatorScore", "OperatorScores", "OutputRule", "PlanError",
-    "Profile", "PruningPlan", "StandInSpec", "applied", "apply_plan_", "find_operators", "make_plan", "plan_of", "profile",
-    "prune", "score", "score_operators", "top_k",
+    "Profile", "PruningPlan", "StandInSpec", "applied", "apply_plan_", "demo", "find_operators", "make_plan", "plan_of",
+    "profile", "prune", "score", "score_operators", "top_k",
 ]  # fmt: skip
 
 _modeling.install()

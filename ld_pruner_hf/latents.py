@@ -67,6 +67,11 @@ def find_denoiser(pipe: Any, component: str | None = None, **call: Any) -> str:
     handles = [m.register_forward_hook(lambda *_, name=n: last.append(name)) for n, m in modules.items()]
     try:
         final_latents(pipe, call, seeds=[0], stop_after=1)
+    except Exception as error:
+        raise ValueError(
+            f"{where}: no denoiser found: the call with {sorted(call)} failed ({type(error).__name__}: {error}); "
+            f"name one of {sorted(modules)} with component=..."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -149,11 +154,13 @@ def make_conditions(
     needed = [
         n for n, p in parameters.items() if n != "self" and p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
     ]
-    missing = [n for n in needed if n not in result[0]]
-    if missing:
-        raise ValueError(
-            f"{type(pipe).__name__} needs {missing}; pass conditions=[{{...}}, ...] with these, or as keyword arguments"
-        )
+    for i, condition in enumerate(result):
+        missing = [n for n in needed if n not in condition]
+        if missing:
+            raise ValueError(
+                f"conditions[{i}]: {type(pipe).__name__} needs {missing}; pass conditions=[{{...}}, ...] with these, or as "
+                "keyword arguments"
+            )
     return result
 
 

@@ -50,12 +50,24 @@ def prune_(model: nn.Module, plan: PruningPlan) -> PruningPlan:
     """
     earlier = plan_of(model)
     plan = apply_plan_(model, plan)
-    merged = plan
-    if earlier is not None:
-        kept = [m for m in earlier if not any(is_inside(m.path, p) for p in plan.paths)]
-        merged = replace(earlier, modifications=(*kept, *plan), how={**earlier.how, **plan.how})
-    _record(model, merged)
+    _record(model, plan if earlier is None else _merged(earlier, plan))
     return plan
+
+
+def _merged(earlier: PruningPlan, plan: PruningPlan) -> PruningPlan:
+    """One plan for the unpruned model that does what `earlier` and then `plan` did."""
+    kept = {m.path: m for m in earlier}
+    new = []
+    for m in plan:
+        moot = [kept.pop(path) for path in list(kept) if is_inside(path, m.path)]
+        new.append(
+            replace(
+                m,
+                params_removed=m.params_removed + sum(old.params_removed for old in moot),
+                macs_removed=m.macs_removed + sum(old.macs_removed for old in moot),
+            )
+        )
+    return replace(earlier, modifications=(*kept.values(), *new), how={**earlier.how, **plan.how})
 
 
 def _record(model: nn.Module, plan: PruningPlan) -> None:

@@ -115,6 +115,10 @@ def prune(
         >>> pipe.save_pretrained("pruned")
     """
     if isinstance(target, (str, os.PathLike)):
+        if not Path(target).is_file():
+            raise ValueError(
+                f"target: got {target!r}, expected a whole number of operators, a PruningPlan or the file of one"
+            )
         target = PruningPlan.load(Path(target))
     if isinstance(target, PruningPlan):
         plan = target
@@ -170,9 +174,13 @@ def _fits(pipe: DiffusionPipeline, scores: OperatorScores) -> bool:
 
 def _check_reachable(pipe: DiffusionPipeline, k: int, component: str | None, score_kwargs: dict[str, Any]) -> None:
     """Raise ValueError before the long scoring if fewer than k operators can be taken out together."""
-    filters = {name: score_kwargs[name] for name in ("include", "exclude", "kinds", "standins") if name in score_kwargs}
+    filters = {
+        name: score_kwargs[name] for name in ("include", "exclude", "kinds", "standins") if name in score_kwargs
+    }
     call = make_conditions(pipe, score_kwargs.get("conditions"), _call_arguments(score_kwargs))[0]
-    operators = find_operators(pipe, component=component, trial=False, latency=False, progress=False, **filters, **call)
+    operators = find_operators(
+        pipe, component=component, trial=False, latency=False, progress=False, **filters, **call
+    )
     candidates = [o.path for o in operators if o.is_candidate]
     check_k(k, len(innermost(candidates)))
 

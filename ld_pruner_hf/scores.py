@@ -138,12 +138,16 @@ class OperatorScores:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> OperatorScores:
-        """Read scores, complete or broken off.
+        """Read a file of scores.
 
         Raises:
-            PlanError: missing, damaged or of another format. Only an unfinished last line is taken as "not yet measured".
+            PlanError: missing, damaged, of another format, or broken off inside a line.
         """
-        header, rows, _ = read_rows(path)
+        header, rows, good = read_rows(path)
+        if good < Path(path).stat().st_size:
+            raise PlanError(
+                f"{path}: breaks off after {len(rows)} rows; finish it with pipe.score(resume_from={str(path)!r})"
+            )
         keys = ("architecture", "weights", "model_class", "component", "settings", "criterion")
         try:
             return cls(tuple(rows), **{k: header[k] for k in keys})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,11 @@ def _digest(value: Any) -> str:
     return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else f"<{type(value).__name__}>"
 
 
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's entries as a file of scores holds them."""
+    return {k: _digest(v) for k, v in sorted(config.items()) if not k.startswith("_")}
+
+
 def score_operators(
     pipe: Any,
     conditions: Any = None,
@@ -160,7 +165,7 @@ def score_operators(
             "pooled": pooled,
             "standins": standins,
             "batch_size": batch_size,
-            "scheduler": type(pipe.scheduler).__name__,
+            "scheduler": {"class": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
             "dtype": str(getattr(model, "dtype", "")),
             "device": str(getattr(model, "device", "")),
         }
