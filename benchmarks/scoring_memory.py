@@ -60,7 +60,9 @@ def measure(task, model):
         batch = {"batch_size": 2} if prompt is None else {"prompt": [prompt] * 2}
         pipe(**batch, **call, generator=[torch.Generator().manual_seed(i) for i in range(2)])
     else:
-        ld_pruner_hf.score(pipe, seeds=2, include=["mid_block*", "up_blocks.3*"], kinds=["ResnetBlock2D", "Attention"], **call)
+        ld_pruner_hf.score(
+            pipe, seeds=2, include=["mid_block*", "up_blocks.3*"], kinds=["ResnetBlock2D", "Attention"], **call
+        )
     print(json.dumps({"before": before, "peak": peak_mb()}))
 
 
@@ -74,7 +76,9 @@ def main():
     found = {}
     for task in ("generate", "score"):
         command = [sys.executable, __file__, "--model", args.model, "--task", task]
-        found[task] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        found[task] = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        )
         print(f"{task:<9} {found[task]['before']:8.0f} MB before, {found[task]['peak']:8.0f} MB at the peak")
     print(f"peak of scoring / peak of one generation: {found['score']['peak'] / found['generate']['peak']:.3f}")
 

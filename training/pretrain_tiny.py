@@ -27,7 +27,6 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
@@ -92,20 +91,57 @@ class Checkpoint:
         return load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
 
 
-def optimizer_tensors(optimizer, names):
-    """AdamW's moments under the parameters' names, so that they fit in a safetensors file."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return {f"optimizer.{n}.{k}": v for n, p in zip(names, params, strict=True) for k, v in optimizer.state[p].items()}
+class TrainState:
+    """Models, AdamW and their moving average, as named tensors that a checkpoint can hold."""
 
+    def __init__(self, models, learning_rate, ema_decay):
+        self.models = models
+        self.parameters = {f"{m}.{n}": p for m, model in models.items() for n, p in model.named_parameters()}
+        params = list(self.parameters.values())
+        self.optimizer = torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.ema = EMAModel(params, decay=ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        self.step, self.minutes = 0, 0.0
 
-def load_optimizer_tensors(optimizer, names, tensors):
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, p in zip(names, params, strict=True):
-        optimizer.state[p] = {k: tensors[f"optimizer.{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+    def save(self, checkpoint):
+        tensors = {}
+        for (name, p), shadow in zip(self.parameters.items(), self.ema.shadow_params, strict=True):
+            tensors |= {f"model.{name}": p, f"ema.{name}": shadow}
+            tensors |= {f"optimizer.{name}.{k}": v for k, v in self.optimizer.state[p].items()}
+        checkpoint.save(tensors, step=self.step, minutes=self.minutes)
+
+    @torch.no_grad()
+    def restore(self, checkpoint):
+        """Go on where the checkpoint stands; from the start, if there is none."""
+        if (found := checkpoint.load()) is None:
+            return
+        tensors, state = found
+        for (name, p), shadow in zip(self.parameters.items(), self.ema.shadow_params, strict=True):
+            p.copy_(tensors[f"model.{name}"])
+            shadow.copy_(tensors[f"ema.{name}"])
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self.optimizer.state[p] = {k: tensors[f"optimizer.{name}.{k}"] for k in keys}
+        self.step, self.minutes = state["step"], state["minutes"]
+        self.ema.optimization_step = self.step
+
+    def update(self, loss, learning_rate):
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.parameters.values())
+        self.step += 1
+
+    def averaged(self):
+        """Copies of the models with the averaged weights, in eval mode."""
+        copies = {m: copy.deepcopy(model).eval() for m, model in self.models.items()}
+        self.ema.copy_to([p for m in copies.values() for p in m.parameters()])
+        return copies
 
 
 def train(models, loss_fn, *, out, seed, config, max_minutes, checkpoint_minutes, on_checkpoint=None):
-    """The loop of both stages: AdamW, warm-up, cosine to zero, EMA, checkpoints. Returns the EMA models.
+    """The loop of both stages: AdamW, warm-up, cosine to zero, EMA, checkpoints. Returns the EMA models and a summary.
 
     Args:
         models: name -> module, trained together.
@@ -113,66 +149,38 @@ def train(models, loss_fn, *, out, seed, config, max_minutes, checkpoint_minutes
         max_minutes: stop there if the steps are not done by then; the learning rate follows whichever is nearer.
         on_checkpoint: called with {name: EMA module} and the step after each checkpoint.
     """
-    named = [(f"{m}.{n}", p) for m, model in models.items() for n, p in model.named_parameters()]
-    names, params = [n for n, _ in named], [p for _, p in named]
-    optimizer = torch.optim.AdamW(params, lr=config["learning_rate"], betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = EMAModel(params, decay=config.get("ema_decay", 0.999), use_ema_warmup=True, power=0.75, foreach=True)
-
-    checkpoint, step, minutes = Checkpoint(out / "checkpoint"), 0, 0.0
-    if (found := checkpoint.load()) is not None:
-        tensors, state = found
-        with torch.no_grad():
-            for name, p, shadow in zip(names, params, ema.shadow_params, strict=True):
-                p.copy_(tensors[f"model.{name}"])
-                shadow.copy_(tensors[f"ema.{name}"])
-        load_optimizer_tensors(optimizer, names, tensors)
-        step, minutes = state["step"], state["minutes"]
-        ema.optimization_step = step
-
-    def averaged():
-        copies = {m: copy.deepcopy(model).eval() for m, model in models.items()}
-        ema.copy_to([p for m in copies.values() for p in m.parameters()])
-        return copies
+    state = TrainState(models, config["learning_rate"], config.get("ema_decay", 0.999))
+    checkpoint = Checkpoint(out / "checkpoint")
+    state.restore(checkpoint)
 
     def save():
-        tensors = optimizer_tensors(optimizer, names)
-        tensors |= {f"model.{n}": p for n, p in named}
-        tensors |= {f"ema.{n}": s for n, s in zip(names, ema.shadow_params, strict=True)}
-        checkpoint.save(tensors, step=step, minutes=minutes)
+        state.save(checkpoint)
         if on_checkpoint:
-            on_checkpoint(averaged(), step)
+            on_checkpoint(state.averaged(), state.step)
 
     total, warmup = config["max_train_steps"], config.get("warmup_steps", 100)
-    log = open(out / "train_log.jsonl", "a")
-    bar = tqdm(total=total, initial=step, desc=out.name, dynamic_ncols=True)
-    last, saved, smooth = time.monotonic(), minutes, None
-    while step < total and minutes < max_minutes:
-        progress = min(max(step / total, minutes / max_minutes), 1.0)
-        lr = config["learning_rate"] * min((step + 1) / warmup, 1.0) * 0.5 * (1 + np.cos(np.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = loss_fn(step, step_generator(seed, step))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(params)
-        step += 1
-        value = loss.item()
-        smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
-        minutes, last = minutes + (time.monotonic() - last) / 60, time.monotonic()
+    last, saved, smooth = time.monotonic(), state.minutes, None
+    bar = tqdm(total=total, initial=state.step, desc=out.name, dynamic_ncols=True)
+    while state.step < total and state.minutes < max_minutes:
+        progress = min(max(state.step / total, state.minutes / max_minutes), 1.0)
+        lr = config["learning_rate"] * min((state.step + 1) / warmup, 1.0) * 0.5 * (1 + np.cos(np.pi * progress))
+        loss = loss_fn(state.step, step_generator(seed, state.step))
+        state.update(loss, lr)
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        state.minutes, last = state.minutes + (time.monotonic() - last) / 60, time.monotonic()
         bar.update()
-        bar.set_postfix(loss=f"{smooth:.4f}", lr=f"{lr:.1e}", minutes=f"{minutes:.0f}")
-        if step % 50 == 0:
-            log.write(json.dumps({"step": step, "loss": smooth, "lr": lr, "minutes": minutes}) + "\n")
-            log.flush()
-        if minutes - saved >= checkpoint_minutes:
-            saved = minutes
+        bar.set_postfix(loss=f"{smooth:.4f}", lr=f"{lr:.1e}", minutes=f"{state.minutes:.0f}")
+        if state.step % 50 == 0:
+            row = {"step": state.step, "loss": smooth, "lr": lr, "minutes": state.minutes}
+            with open(out / "train_log.jsonl", "a") as log:
+                log.write(json.dumps(row) + "\n")
+        if state.minutes - saved >= checkpoint_minutes:
+            saved = state.minutes
             save()
             last = time.monotonic()
     save()
     bar.close()
-    return averaged(), {"steps": step, "minutes": round(minutes, 1), "final_loss": smooth}
+    return state.averaged(), {"steps": state.step, "minutes": round(state.minutes, 1), "final_loss": smooth}
 
 
 # ---- stage 1: autoencoder --------------------------------------------------------------------------------------------
@@ -212,7 +220,9 @@ def train_autoencoder(recipe, images, probabilities, out, limits):
     vae = averaged["vae"]
     whiten_(vae, images)
     with torch.no_grad():
-        error = [F.mse_loss(vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1), x) for x in images.split(64)]
+        error = [
+            F.mse_loss(vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1), x) for x in images.split(64)
+        ]
     summary["psnr_db"] = round(float(10 * torch.log10(4 / torch.stack(error).mean())), 2)
     vae.save_pretrained(out / "vae")
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
@@ -228,9 +238,11 @@ def train_tokenizer(captions, config):
     return blank.train_new_from_iterator(captions, vocab_size=config["tokenizer_vocab_size"])
 
 
-def build_pipeline(recipe, vae, captions):
+def build_pipeline(recipe, vae, captions, tokenizer_dir):
     config = recipe["diffusion"]
-    tokenizer = train_tokenizer(captions, config)
+    if not tokenizer_dir.exists():  # kept: training one twice may number equally frequent pairs differently
+        train_tokenizer(captions, config).save_pretrained(tokenizer_dir)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, **config["text_encoder"],
@@ -286,7 +298,11 @@ def train_denoiser(recipe, pipe, images, rows, probabilities, out, limits, compi
         uniform = torch.rand(batch, 3, generator=generator).tolist()
         text = [caption(i, u) for i, u in zip(index.tolist(), uniform, strict=True)]
         ids = pipe.tokenizer(
-            text, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            text,
+            padding="max_length",
+            max_length=pipe.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         latents = mean[index] + std[index] * torch.randn(mean[index].shape, generator=generator)  # (B, C, h, w)
         noise = torch.randn(latents.shape, generator=generator)
@@ -329,7 +345,9 @@ def parse_args(argv=None):
     parser.add_argument("--max_minutes", type=float, default=float("inf"), help="of each stage, wall clock")
     parser.add_argument("--checkpoint_minutes", type=float, default=15.0)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser: minutes first, faster then")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the denoiser: minutes first, faster then"
+    )
     return parser.parse_args(argv)
 
 
@@ -356,7 +374,9 @@ def main(argv=None):
             vae = AutoencoderKL.from_pretrained(folder)
         else:
             vae = train_autoencoder(recipe, images, probabilities, args.output_dir / "autoencoder", limits)
-        pipe = build_pipeline(recipe, vae.eval().requires_grad_(False), rows["caption"].tolist())
+        pipe = build_pipeline(
+            recipe, vae.eval().requires_grad_(False), rows["caption"].tolist(), args.output_dir / "tokenizer"
+        )
     pipe.vae.eval()
     out = args.output_dir / "denoiser"
     bf16 = args.mixed_precision == "bf16"
