@@ -1,0 +1,386 @@
+"""The demo as one job: score a shipped pipeline, prune it at several k, draw with every criterion, and write one page."""
+
+from __future__ import annotations
+
+import html
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers import __version__ as diffusers_version
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .. import report
+from ..latents import final_latents, find_denoiser, preserved
+from ..pipeline import make_plan, profile, prune, score
+from ..plan import PruningPlan, write_atomically
+from ..profiling import Profile
+from ..scores import CRITERIA, OperatorScores
+from ..selection import check_k
+from ..surgery import applied
+from . import PROMPTS, load
+
+Pictures = dict[str, dict[str, list[Image.Image]]]
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo runs with; the defaults take a few minutes on two CPU cores.
+
+    Attributes:
+        name: which shipped pipeline. ks: how many operators to take out. saved_k: the one that is saved and loaded again.
+        score_prompts, seeds, num_inference_steps: scoring; without guidance, which halves its cost.
+        pictures, picture_steps, guidance_scale: the pictures: number of prompts, denoising steps, classifier-free guidance.
+        repeats: timed denoiser calls for a latency. include: patterns of operators to score; all if empty.
+    """
+
+    name: str = "emoji"
+    ks: tuple[int, ...] = (10, 20, 30, 42)
+    saved_k: int | None = None
+    score_prompts: int = 3
+    seeds: int = 2
+    num_inference_steps: int = 3
+    pictures: int = 6
+    picture_steps: int = 15
+    guidance_scale: float = 3.0
+    repeats: int = 20
+    include: tuple[str, ...] = ()
+
+    @property
+    def k_to_save(self) -> int:
+        if self.saved_k is not None:
+            return self.saved_k
+        return 20 if 20 in self.ks else self.ks[0]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured; `equal_after_reload`: whether saving and loading changed no bit of the final latents."""
+
+    settings: DemoSettings
+    scores: OperatorScores
+    plans: dict[str, dict[int, PruningPlan]]
+    pictures: Pictures
+    profiles: dict[str, Profile]
+    equal_after_reload: bool
+    device: str
+
+
+def run_demo(folder: str | Path, settings: DemoSettings | None = None, device: str = "cpu") -> DemoResult:
+    """Run the whole demo and write its files into `folder`; a second run takes the scores that are already there.
+
+    Raises:
+        ValueError: unknown pipeline, impossible k. PlanError: the folder holds scores of other settings.
+        ImportError: matplotlib is not installed.
+    """
+    settings, folder = settings or DemoSettings(), Path(folder)
+    report.require_matplotlib()
+    stage = _Stages()
+    stage(f"loading demo:{settings.name}")
+    pipe = _load(settings.name, device)
+    denoiser = getattr(pipe, find_denoiser(pipe))
+    for k in (*settings.ks, settings.k_to_save):
+        check_k(k, sum(1 for m in denoiser.modules() if not list(m.children())))
+    folder.mkdir(parents=True, exist_ok=True)
+    stage(f"scoring the operators of its denoiser; rows go to {folder / 'scores.jsonl'}")
+    scores = score_demo(pipe, folder, settings)
+    plans = {c: {k: make_plan(pipe, k, scores=scores, criterion=c) for k in settings.ks} for c in CRITERIA}
+    stage(f"drawing {settings.pictures} prompts with every criterion and k")
+    pictures = _draw_all(pipe, plans, settings)
+    stage("pruning for good, measuring, saving, loading again")
+    profiles, equal = _prune_and_measure(pipe, plans[scores.criterion], folder, settings, device)
+    result = DemoResult(settings, scores, plans, pictures, profiles, equal, device)
+    stage("writing figures and the page")
+    _write(folder, result)
+    stage(f"done: {folder / 'index.html'}")
+    return result
+
+
+class _Stages:
+    """Prints one line when a stage begins, with the time since the start."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.start:5.0f} s] {text}", flush=True)
+
+
+def _load(name: str, device: str) -> Any:
+    pipe: Any = load(name)
+    pipe.to(device)
+    pipe.set_progress_bar_config(leave=False)
+    return pipe
+
+
+def score_demo(pipe: Any, folder: Path, settings: DemoSettings) -> OperatorScores:
+    """Score with the demo's short setting: all (prompt, seed) pairs in one batch, no guidance."""
+    prompts = PROMPTS[settings.name][: settings.score_prompts]
+    scores = score(
+        pipe, prompts, num_inference_steps=settings.num_inference_steps, seeds=settings.seeds, guidance_scale=1.0,
+        batch_size=len(prompts) * settings.seeds, include=list(settings.include), resume_from=folder / "scores.jsonl",
+    )  # fmt: skip
+    report.save_scores(folder, scores)
+    return scores
+
+
+def draw(pipe: Any, prompts: Sequence[str], steps: int, guidance_scale: float) -> list[Image.Image]:
+    """One picture a prompt, the i-th from seed i whatever the model."""
+    generators = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
+    call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    with preserved(pipe):
+        return list(pipe(list(prompts), generator=generators, **call).images)
+
+
+def _draw_all(pipe: Any, plans: dict[str, dict[int, PruningPlan]], settings: DemoSettings) -> Pictures:
+    """criterion -> column -> pictures. Plans that modify the same operators alike are drawn once."""
+    prompts = PROMPTS[settings.name][: settings.pictures]
+    drawn: dict[Any, list[Image.Image]] = {}
+    pictures: Pictures = {}
+    with tqdm(total=1 + len(plans) * len(settings.ks), desc="drawing", unit="set") as bar:
+        original = draw(pipe, prompts, settings.picture_steps, settings.guidance_scale)
+        bar.update()
+        for criterion, by_k in plans.items():
+            pictures[criterion] = {"original": original}
+            for k, plan in by_k.items():
+                key = tuple((m.path, m.stand_in.name) for m in plan)
+                if key not in drawn:
+                    with applied(getattr(pipe, plan.component), plan):
+                        drawn[key] = draw(pipe, prompts, settings.picture_steps, settings.guidance_scale)
+                pictures[criterion][f"k = {k}"] = drawn[key]
+                bar.update()
+    return pictures
+
+
+def _prune_and_measure(
+    pipe: Any, plans: dict[int, PruningPlan], folder: Path, settings: DemoSettings, device: str
+) -> tuple[dict[str, Profile], bool]:
+    """(column -> profile, did saving and loading keep every bit). Each k starts from a fresh pipeline."""
+    call: dict[str, Any] = {"prompt": PROMPTS[settings.name][0], "guidance_scale": settings.guidance_scale}
+    profiles = {"original": profile(pipe, repeats=settings.repeats, **call)}
+    equal = False
+    for k in tqdm(dict.fromkeys((*settings.ks, settings.k_to_save)), desc="pruning", unit="k"):
+        pruned = _load(settings.name, device)
+        plan = prune(pruned, plans[k])
+        plan.save(folder / f"plan_k{k}.json")
+        profiles[f"k = {k}"] = profile(pruned, repeats=settings.repeats, **call)
+        if k == settings.k_to_save:
+            pruned.save_pretrained(folder / "pruned")
+            again = DiffusionPipeline.from_pretrained(folder / "pruned", torch_dtype=torch.float32).to(device)
+            equal = torch.equal(_latents(pruned, settings), _latents(again, settings))
+    return profiles, equal
+
+
+def _latents(pipe: Any, settings: DemoSettings) -> torch.Tensor:
+    prompts = PROMPTS[settings.name][: settings.pictures]
+    call = {
+        "prompt": prompts,
+        "num_inference_steps": settings.picture_steps,
+        "guidance_scale": settings.guidance_scale,
+    }
+    with preserved(pipe):
+        return final_latents(pipe, call, range(len(prompts)))
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+def _figures(result: DemoResult) -> dict[str, Any]:
+    """File name -> theme -> figure."""
+    scores = result.scores
+    plans = {f"k = {k}": plan for k, plan in result.plans[scores.criterion].items()}
+    blocks = report.blocks_in_order(row.path for row in scores)
+    return {
+        "importance_by_block": lambda theme: report.importance_figure(scores, theme=theme),
+        "modified_by_type": lambda theme: report.modified_figure(plans, "kind", theme),
+        "modified_by_block": lambda theme: report.modified_figure(plans, "block", theme, blocks),
+    }
+
+
+def _write(folder: Path, result: DemoResult) -> None:
+    """Figures, grids, tables, README.md and index.html."""
+    labels = PROMPTS[result.settings.name][: result.settings.pictures]
+    for criterion, columns in result.pictures.items():
+        report.picture_grid(columns, labels).save(folder / f"grid_{criterion}.png")
+    figures = _figures(result)
+    for name, figure in figures.items():
+        (folder / f"{name}.png").write_bytes(report.figure_png(figure("light")))
+    report.save_csv(folder / "costs.csv", report.cost_rows(result.profiles))
+    write_atomically(folder / "README.md", _readme(result))
+    write_atomically(folder / "index.html", _page(result, figures, labels))
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it, else "cpu"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+def environment(result: DemoResult) -> str:
+    """What the numbers were measured on."""
+    p = result.profiles["original"]
+    return (
+        f"{_processor() if p.device == 'cpu' else p.device} ({platform.machine()}, {p.threads} thread{'s' if p.threads != 1 else ''}), {p.dtype}, "
+        f"torch {torch.__version__}, diffusers {diffusers_version}, Python {platform.python_version()}"
+    )
+
+
+def _scoring_text(result: DemoResult) -> str:
+    s = result.settings
+    return (
+        f"{s.score_prompts} prompts ({', '.join(PROMPTS[s.name][: s.score_prompts])}) x {s.seeds} seeds, "
+        f"{s.num_inference_steps} denoising steps, no guidance, criterion {result.scores.criterion}"
+    )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"\n{100 * (value - 1):+.1f} %".replace("-", "−")
+
+
+def _cost_cells(result: DemoResult) -> list[list[str]]:
+    rows = []
+    for i, row in enumerate(report.cost_rows(result.profiles)):
+        shares = ["", "", ""] if i == 0 else [_share(row[c]) for c in ("params_share", "macs_share", "latency_share")]
+        rows.append(
+            [
+                row["model"],
+                f"{row['params'] / 1e6:.2f} M{shares[0]}",
+                f"{row['macs'] / 1e9:.3f} G{shares[1]}",
+                f"{row['latency_ms']:.1f} ms{shares[2]}",
+                f"{row['latency_iqr_ms']:.1f} ms",
+            ]
+        )
+    return rows
+
+
+def _facts(result: DemoResult) -> list[tuple[str, str]]:
+    rows = result.scores.rows
+    k = result.settings.k_to_save
+    costs = {row["model"]: row for row in report.cost_rows(result.profiles)}[f"k = {k}"]
+    minutes = sum(row.seconds for row in rows) / 60
+    return [
+        (str(len({row.path for row in rows})), "operators that can be taken out, scored one at a time"),
+        (f"{minutes:.1f} min", f"to score them with {len(rows)} stand-ins"),
+        (_share(costs["params_share"]).strip(), f"parameters of the denoiser with {k} operators taken out"),
+        (_share(costs["macs_share"]).strip(), f"multiply-accumulates, same {k}"),
+    ]
+
+
+def _extremes(result: DemoResult, n: int = 6) -> str:
+    ranked = [row for row in result.scores.ranked() if row.error is None]
+    chosen = [("least important", row) for row in ranked[:n]] + [("most important", row) for row in ranked[-n:]]
+    rows = [[row.path + f"\n{row.kind} → {row.stand_in.name}", f"{row.score():.3g}"] for _, row in chosen]
+    head = ["Operator and what replaces it", "Score"]
+    return (
+        f"<p>The {n} least important operators:</p>{report.table_html(head, rows[:n])}"
+        f"<p>The {n} most important ones:</p>{report.table_html(head, rows[n:])}"
+    )
+
+
+def _pictures_section(result: DemoResult, labels: Sequence[str]) -> str:
+    default = result.scores.criterion
+    s = result.settings
+    parts = [
+        f'<p class="note">Criterion {default}. {s.picture_steps} denoising steps, guidance {s.guidance_scale:g}, the same noise '
+        "along each line. Nothing was trained after pruning.</p>",
+        report.pictures_html(result.pictures[default], labels),
+        "<p>The other formulas of the paper, at the same k:</p>",
+    ]
+    for criterion, columns in result.pictures.items():
+        if criterion != default:
+            same = [
+                f"k = {k}" for k, p in result.plans[criterion].items() if p.paths == result.plans[default][k].paths
+            ]
+            note = (
+                f'<p class="note">Takes out the same operators as {default} at {", ".join(same)}.</p>' if same else ""
+            )
+            grid = report.pictures_html(columns, labels)
+            parts.append(f"<details><summary>{html.escape(criterion)}</summary>{note}{grid}</details>")
+    return "".join(parts)
+
+
+def _page(result: DemoResult, figures: dict[str, Any], labels: Sequence[str]) -> str:
+    s, p = result.settings, result.profiles["original"]
+    note = (
+        f'<p class="note">One denoiser call with {p.batch_size} samples (one picture under guidance), median of {s.repeats} calls '
+        f"after 3 for warm-up; IQR is the distance of the quartiles. MACs are for one sample. {html.escape(environment(result))}.</p>"
+    )
+    head = ["Model", "Parameters", "MACs", "Latency", "IQR"]
+    kept = "equal, bit for bit, to" if result.equal_after_reload else "NOT equal to"
+    saved = (
+        f"<p>The pipeline with k = {s.k_to_save} is in <code>pruned/</code>. It was loaded again from there, and its final latents for "
+        f"the {len(labels)} prompts above are <b>{kept}</b> those of the pipeline that was saved.</p>"
+        f"<pre>import ld_pruner_hf\nfrom diffusers import DiffusionPipeline\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("pruned")\npipe("{labels[0]}").images[0]</pre>'
+    )
+    settings = [[k.replace("_", " "), str(v)] for k, v in asdict(s).items() if v not in (None, ())]
+    sections = [
+        ("What is left of the pictures", _pictures_section(result, labels)),
+        ("What pruning saves", report.table_html(head, _cost_cells(result)) + note),
+        (
+            "Which operators matter",
+            report.figure_html(
+                figures["importance_by_block"], "Importance of every operator by block of the denoiser",
+                "One mark an operator; blocks from the input (top) to the output, and inside a block likewise. Bars are medians. "
+                f"Scores from {_scoring_text(result)}.",
+            ) + _extremes(result),
+        ),
+        ("What was taken out, by type", report.figure_html(figures["modified_by_type"], "Modified operators by type for each k")),
+        ("What was taken out, by block", report.figure_html(figures["modified_by_block"], "Modified operators by block for each k")),
+        ("Saved and loaded again", saved),
+        ("Settings", report.table_html(["Setting", "Value"], settings, text_columns=2)),
+    ]  # fmt: skip
+    lead = (
+        f"Every operator of the demo pipeline “{s.name}” was replaced, one at a time, by something cheaper, and the score says how far "
+        "that moves the final latents, before any decoding. Then the k operators with the lowest scores were replaced together. Read "
+        "the pictures from left to right: as long as a column looks like the first, those operators were not needed."
+    )
+    return report.render_page(
+        "What can this pipeline do without?",
+        lead,
+        _facts(result),
+        sections,
+        f"Made by ld-pruner demo. {environment(result)}.",
+    )
+
+
+def _readme(result: DemoResult) -> str:
+    """A short text with the numbers and what each file is."""
+    lines = [
+        f"# ld-pruner demo: {result.settings.name}",
+        "",
+        f"Scoring: {_scoring_text(result)}.",
+        f"Measured on {environment(result)}.",
+        "",
+    ]
+    lines += ["| model | parameters | MACs a sample | latency | IQR |", "|---|---|---|---|---|"]
+    lines += [
+        "| " + " | ".join(c.replace("\n", " (") + (")" if "\n" in c else "") for c in row) + " |"
+        for row in _cost_cells(result)
+    ]
+    state = "equal" if result.equal_after_reload else "NOT equal"
+    lines += [
+        "",
+        f"Final latents of `pruned/` (k = {result.settings.k_to_save}) after loading again: {state} bit for bit.",
+        "",
+    ]
+    files = {
+        "index.html": "everything on one page, no network needed",
+        "scores.jsonl, scores.json, scores.csv": "the scores: row by row as measured (resumable), as one document, ranked",
+        "importance_by_block.png": "importance of every operator by block",
+        "modified_by_type.png, modified_by_block.png": "what each k takes out",
+        "grid_<criterion>.png": "pictures: the original and each k",
+        "costs.csv": "parameters, MACs and latency",
+        "plan_k<k>.json": 'pruning plans; `pipe.prune("plan_k20.json")` applies one',
+        "pruned/": "a pruned pipeline for `DiffusionPipeline.from_pretrained`, after `import ld_pruner_hf`",
+    }
+    return "\n".join(lines + [f"- `{name}`: {what}" for name, what in files.items()]) + "\n"
