@@ -1,0 +1,79 @@
+"""top_k: exactly k, never nested, lowest scores first."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scores import row, scores
+
+from ld_pruner_hf import top_k
+from ld_pruner_hf.plan import is_inside
+from ld_pruner_hf.selection import check_k, innermost
+
+
+def table(**values: float):
+    """Scores of operators whose paths are the names with _ for a dot."""
+    return scores(*(row(path.replace("_", "."), (value,), (0.0,)) for path, value in values.items()))
+
+
+def paths(rows) -> list[str]:
+    return [r.path for r in rows]
+
+
+def test_lowest_scores_in_the_order_of_the_model():
+    assert paths(top_k(table(a=3, b=1, c=2), 2)) == ["b", "c"]
+
+
+def test_a_block_takes_the_place_of_what_lies_inside():
+    s = table(x=4, x_a=1, x_b=9, y=5, z=6)
+    assert paths(top_k(s, 1)) == ["x.a"]
+    assert paths(top_k(s, 2)) == ["x", "y"], "the block makes x.a moot and counts once"
+
+
+def test_a_block_is_passed_over_if_k_would_be_out_of_reach():
+    s = table(x=1, x_a=2, x_b=3, y=4)
+    assert paths(top_k(s, 2)) == ["x", "y"]
+    assert paths(top_k(s, 3)) == ["x.a", "x.b", "y"]
+
+
+def test_criterion_changes_the_choice():
+    s = scores(row("a", (1.0,), (9.0,)), row("b", (2.0,), (1.0,)))
+    assert paths(top_k(s, 1)) == ["b"] and paths(top_k(s, 1, "latent-shift-mean")) == ["a"]
+
+
+def test_failed_operators_are_never_chosen():
+    s = scores(row("a", (), (), error="no"), row("b"))
+    assert paths(top_k(s, 1)) == ["b"]
+    with pytest.raises(ValueError, match="expected 1 to 1"):
+        top_k(s, 2)
+
+
+@pytest.mark.parametrize("k", [0, -1, True, 2.5, "3", None])
+def test_k_that_is_no_positive_whole_number(k):
+    with pytest.raises(ValueError, match=rf"k: got {k!r}, expected"):
+        check_k(k)
+
+
+def test_k_above_the_limit_says_how_many_there_are():
+    with pytest.raises(ValueError, match=r"k: got 4, expected 1 to 3; .* are 3"):
+        top_k(table(x=1, x_a=2, x_b=3, y=4), 4)
+
+
+TREES = st.lists(
+    st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join), min_size=1, max_size=25, unique=True
+)
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(tree=TREES, data=st.data())
+def test_exactly_k_and_none_inside_another(tree, data):
+    values = data.draw(st.lists(st.integers(0, 9), min_size=len(tree), max_size=len(tree)))
+    s = scores(*(row(p, (float(v),), (0.0,)) for p, v in zip(tree, values, strict=True)))
+    limit = len(innermost(tree))
+    k = data.draw(st.integers(1, limit))
+    chosen = paths(top_k(s, k))
+    assert len(chosen) == len(set(chosen)) == k
+    assert not any(is_inside(a, b) for a in chosen for b in chosen)
+    with pytest.raises(ValueError, match=f"expected 1 to {limit}"):
+        top_k(s, limit + 1)
