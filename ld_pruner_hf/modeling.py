@@ -18,7 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .plan import PlanError, PruningPlan, is_inside
-from .surgery import apply_plan_, count_params
+from .surgery import align_, apply_plan_, count_params
 
 PLAN_KEY = "pruning_plan"
 GUARD_KEY = "quantization_config"
@@ -50,6 +50,7 @@ def prune_(model: nn.Module, plan: PruningPlan) -> PruningPlan:
     """
     earlier = plan_of(model)
     plan = apply_plan_(model, plan)
+    align_(model)
     _record(model, plan if earlier is None else _merged(earlier, plan))
     return plan
 
@@ -136,6 +137,7 @@ def _wrap_from_pretrained(from_pretrained: Callable[..., Any]) -> Any:
                     f"{pretrained_model_name_or_path}: the weights do not fit the plan in its config: {wrong}; the folder is "
                     "incomplete or its config was edited, save or download the pruned model again"
                 )
+            align_(model)
         return (model, info) if wants_info else model
 
     return classmethod(wrapped)

@@ -104,6 +104,16 @@ def applied(model: nn.Module, modifications: Iterable[Modification] | PruningPla
         replace_modules(model, [(stand_ins[p], operators[p]) for p in operators])
 
 
+def align_(model: nn.Module) -> None:
+    """Move weights on the CPU that lie at odd addresses, as those mapped from a file do.
+
+    Some kernels round differently there; without this a model that is saved and loaded again is not equal to the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
 def check_plan(model: nn.Module, plan: PruningPlan) -> None:
     """Raise PlanError if the plan is empty or was made for another architecture."""
     if not len(plan):
