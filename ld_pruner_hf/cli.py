@@ -61,20 +61,21 @@ def load_pipeline(name: str, dtype: str = "float32", device: str = "auto") -> An
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype!r}, expected one of {list(DTYPES)}")
     device = pick_device(device)
+    precision = {} if dtype == "float32" else {"torch_dtype": DTYPES[dtype]}  # float32 is diffusers' default
     if name.startswith("demo:"):
-        pipe: Any = demo.load(name.removeprefix("demo:"), torch_dtype=DTYPES[dtype])
-        return pipe.to(device)
+        demo_pipe: Any = demo.load(name.removeprefix("demo:"), **precision)
+        return demo_pipe.to(device)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{name}: the folder has no model_index.json, so it holds no diffusers pipeline")
-        return DiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[dtype]).to(device)
+        return DiffusionPipeline.from_pretrained(folder, **precision).to(device)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(
             f"{name}: no such folder; expected a pipeline's folder, a Hub id such as org/model, or demo:emoji"
         )
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=DTYPES[dtype])
+        pipe = DiffusionPipeline.from_pretrained(name, **precision)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ValueError(f"{name}: no local folder, and not loaded from the Hub either: {_one_line(error)}") from error
     return pipe.to(device)
@@ -210,9 +211,10 @@ def command_prune(args: argparse.Namespace) -> None:
         target = make_plan(pipe, target, scores=given, criterion=args.criterion, component=args.component, **scoring)
     call = {"prompt": how["conditions"][0]} if how["conditions"] else {}
     call |= _call_arguments(args)
-    before = profile(pipe, component=target.component or args.component, **call)
+    measuring = {"component": target.component or args.component, "repeats": args.repeats, **call}
+    before = profile(pipe, **measuring)
     plan = prune(pipe, target, component=args.component)
-    after = profile(pipe, component=target.component or args.component, **call)
+    after = profile(pipe, **measuring)
     save_into(pipe, folder, plan)
     print(plan)
     print(f"\nbefore: {before}\nafter:  {after}\nsaved to {folder}; load it after `import ld_pruner_hf`")
@@ -352,6 +354,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--overwrite", action="store_true", help="replace a pipeline that is saved in DIR")
     sub.add_argument("--scores", metavar="FILE", help="scores to choose by; default: score first (resumed from DIR)")
+    sub.add_argument("--repeats", type=int, default=10, metavar="N", help="timed calls before and after")
     _add_scoring(sub)
 
     sub = command("profile", command_profile, "measure parameters, MACs, latency and memory of one denoiser call")

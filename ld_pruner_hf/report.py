@@ -29,7 +29,7 @@ from .profiling import Profile
 from .scores import OperatorScore, OperatorScores
 
 DOCUMENT_FORMAT = "ld_pruner_hf.scores_document"
-FIGURE_WIDTH = 6.4  # inches; with the font sizes below, still legible when a phone shows the figure 360 pixels wide
+FIGURE_WIDTH = 5.6  # inches; with the font sizes below, still legible when a phone shows the figure 360 pixels wide
 
 # group -> (colour of Okabe and Ito, marker); "other" takes the text's colour
 GROUPS = {
@@ -275,7 +275,7 @@ def modified_figure(
         categories = [kind for kind, _ in total.most_common()]
     else:
         categories = list(blocks or blocks_in_order(m.path for plan in plans.values() for m in plan))
-    columns = min(4, len(plans))
+    columns = min(5, len(plans))
     lines = math.ceil(len(plans) / columns)
     height = min(40.0, (0.5 + 0.25 * len(categories)) * lines + 1.0)
     figure = figure_class(figsize=(FIGURE_WIDTH, height), layout="constrained", facecolor=look["paper"])
@@ -295,7 +295,7 @@ def _stacked_bars(
 ) -> None:
     _plain_axes(axes, look, categories)
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=3)
-    axes.margins(x=0.25)
+    axes.margins(x=0.35)
     for y, name in enumerate(categories):
         left = 0
         for group in GROUPS:
@@ -314,7 +314,7 @@ def _stacked_bars(
             axes.text(left, y, f" {left}", va="center", color=look["ink"], fontsize=9)
 
 
-def figure_png(figure: Any, dpi: int = 170) -> bytes:
+def figure_png(figure: Any, dpi: int = 200) -> bytes:
     """The figure as a PNG."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=dpi, facecolor=figure.get_facecolor())
@@ -405,7 +405,10 @@ def table_html(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns:
     def cell(tag: str, i: int, value: str) -> str:
         main, _, small = value.partition("\n")
         small = f"<small>{html.escape(small)}</small>" if small else ""
-        return f"<{tag}{'' if i < text_columns else ' class=n'}>{html.escape(main)}{small}</{tag}>"
+        text = (
+            html.escape(main).replace(".", ".<wbr>") if i < text_columns else html.escape(main)
+        )  # long paths may break
+        return f"<{tag}{'' if i < text_columns else ' class=n'}>{text}{small}</{tag}>"
 
     def line(tag: str, values: Sequence[str]) -> str:
         return f"<tr>{''.join(cell(tag, i, v) for i, v in enumerate(values))}</tr>"
