@@ -260,9 +260,13 @@ class RowFile:
             os.fsync(file.fileno())
 
 
+def _differing(value: Any, other: Any) -> Any:
+    if isinstance(value, dict) and isinstance(other, dict):
+        return {k: _differing(v, other.get(k)) for k, v in value.items() if other.get(k) != v}
+    return value
+
+
 def _short(value: Any, other: Any) -> str:
     """A value for an error message; of two dicts only what differs."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        value = {k: v for k, v in value.items() if other.get(k) != v}
-    text = repr(value)
+    text = repr(_differing(value, other))
     return text if len(text) <= 120 else text[:117] + "..."
