@@ -49,7 +49,7 @@ class DemoSettings:
     seeds: int = 2
     num_inference_steps: int = 3
     pictures: int = 6
-    picture_steps: int = 20
+    picture_steps: int = 15
     guidance_scale: float = 3.0
     rounds: int = 3
     repeats: int = 10
