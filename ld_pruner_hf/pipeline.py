@@ -203,7 +203,9 @@ class LDPrunerMixin:
     def profile(self: Any, **kwargs: Any) -> Profile:
         return profile(self, **kwargs)
 
-    score.__doc__, prune.__doc__, profile.__doc__ = score_operators.__doc__, prune.__doc__, profile.__doc__
+
+for _function, _documented in ((score, score_operators), (prune, prune), (profile, profile)):
+    vars(LDPrunerMixin)[_function.__name__].__doc__ = _documented.__doc__
 
 
 def install() -> None:

@@ -172,7 +172,7 @@ def snapshot(pipe: Any) -> dict[str, Any]:
     state: dict[str, Any] = {
         "attributes": {k: id(v) for k, v in vars(pipe).items() if k != "_ld_pruner_scores"},
         "scheduler": copy.deepcopy(vars(pipe.scheduler)),
-        "scheduler class": dict(vars(type(pipe.scheduler))),
+        "scheduler class": {k: v for k, v in vars(type(pipe.scheduler)).items() if k != "__slotnames__"},
         "torch random state": torch.get_rng_state(),
         "numpy random state": np.random.get_state()[1].tolist(),
         "python random state": random.getstate(),
