@@ -21,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HfHubHTTPError
 
-from . import demo, report
+from . import demo
 from .demo.job import DemoSettings, run_demo
 from .operators import STANDINS
 from .pipeline import make_plan, profile, prune, score
@@ -61,7 +61,7 @@ def load_pipeline(name: str, dtype: str = "float32", device: str = "auto") -> An
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype!r}, expected one of {list(DTYPES)}")
     device = pick_device(device)
-    precision = {} if dtype == "float32" else {"torch_dtype": DTYPES[dtype]}  # float32 is diffusers' default
+    precision = {"dtype": DTYPES[dtype]}  # always: transformers would load its parts in the checkpoint's own dtype
     if name.startswith("demo:"):
         demo_pipe: Any = demo.load(name.removeprefix("demo:"), **precision)
         return demo_pipe.to(device)
@@ -182,7 +182,8 @@ def command_score(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     print(f"rows go to {folder / ROWS_FILE}; if interrupted, run the same command again to go on", file=sys.stderr)
     scores = score(pipe, component=args.component, criterion=criterion, resume_from=folder / ROWS_FILE, **how)
-    report.save_scores(folder, scores)
+    scores.to_csv(folder / "scores.csv")
+    scores.to_json(folder / "scores.json")
     print(scores)
     print(f"\nwritten to {folder}: scores.jsonl, scores.csv, scores.json")
 
@@ -203,7 +204,7 @@ def command_prune(args: argparse.Namespace) -> None:
             f"{args.output}: the output folder is the pipeline itself, which would be lost; choose another"
         )
     how = _scoring_arguments(args)
-    given = report.load_scores(args.scores) if args.scores else None
+    given = OperatorScores.load(args.scores) if args.scores else None
     folder = check_output(Path(args.output), args.overwrite)
     pipe = load_pipeline(args.pipeline, args.dtype, args.device)
     if not isinstance(target, PruningPlan):
@@ -260,7 +261,7 @@ def command_show(args: argparse.Namespace) -> None:
     if f'"{PLAN_FORMAT}"' in beginning:
         print(PruningPlan.load(path))
         return
-    scores: OperatorScores = report.load_scores(path)
+    scores = OperatorScores.load(path)
     print(scores.with_criterion(args.criterion or scores.criterion))
 
 

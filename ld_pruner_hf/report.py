@@ -10,7 +10,6 @@ import base64
 import csv
 import html
 import io
-import json
 import math
 import os
 import re
@@ -18,17 +17,15 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from string import Template
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .plan import PlanError, PruningPlan, read_json, write_atomically
+from .plan import PruningPlan, write_atomically
 from .profiling import Profile
-from .scores import OperatorScore, OperatorScores
+from .scores import OperatorScores
 
-DOCUMENT_FORMAT = "ld_pruner_hf.scores_document"
 FIGURE_WIDTH = 5.6  # inches; with the font sizes below, still legible when a phone shows the figure 360 pixels wide
 
 # group -> (colour of Okabe and Ito, marker); "other" takes the text's colour
@@ -124,35 +121,6 @@ def save_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, out.getvalue())
-
-
-def save_scores(folder: str | os.PathLike, scores: OperatorScores) -> None:
-    """Write scores.csv (the ranked table) and scores.json (everything, as one JSON document) into a folder."""
-    scores.to_csv(Path(folder) / "scores.csv")
-    document = scores.header() | {"format": DOCUMENT_FORMAT, "rows": [row.to_dict() for row in scores.rows]}
-    write_atomically(Path(folder) / "scores.json", json.dumps(document, indent=1) + "\n")
-
-
-def load_scores(path: str | os.PathLike) -> OperatorScores:
-    """Read a scores.jsonl or a scores.json; `PlanError` if it is missing, damaged or something else."""
-    with_format = _format_of_document(path)
-    if with_format != DOCUMENT_FORMAT:
-        return OperatorScores.load(path)
-    data = read_json(path, DOCUMENT_FORMAT)
-    keys = ("architecture", "weights", "model_class", "component", "settings", "criterion")
-    try:
-        return OperatorScores(tuple(OperatorScore.from_dict(r) for r in data["rows"]), **{k: data[k] for k in keys})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"{path}: {error!r}; the file of scores is damaged, score again") from error
-
-
-def _format_of_document(path: str | os.PathLike) -> str | None:
-    """The `format` entry of a file that is one JSON object, else None."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data.get("format") if isinstance(data, dict) else None
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .plan import FORMAT_VERSION, PlanError, StandInSpec, check_format, write_atomically
+from .plan import FORMAT_VERSION, PlanError, StandInSpec, check_format, read_json, write_atomically
 
 SCORES_FORMAT = "ld_pruner_hf.scores"
+DOCUMENT_FORMAT = "ld_pruner_hf.scores_document"
 
 CRITERIA = {
     "latent-shift": lambda avg, std: avg + std,  # LD-Pruner, equation 7
@@ -136,25 +137,32 @@ class OperatorScores:
         lines = [json.dumps(self.header()), *(json.dumps(row.to_dict()) for row in self.rows)]
         write_atomically(path, "\n".join(lines) + "\n")
 
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Write everything as one JSON document, for other programs; `load` reads it too."""
+        document = self.header() | {"format": DOCUMENT_FORMAT, "rows": [row.to_dict() for row in self.rows]}
+        write_atomically(path, json.dumps(document, indent=1) + "\n")
+
     @classmethod
     def load(cls, path: str | os.PathLike) -> OperatorScores:
-        """Read a file of scores.
+        """Read a file of scores, written row by row, by `save` or by `to_json`.
 
         Raises:
             PlanError: missing, damaged, of another format, or broken off inside a line.
         """
-        header, rows, good = read_rows(path)
-        if good < Path(path).stat().st_size:
-            raise PlanError(
-                f"{path}: breaks off after {len(rows)} rows; finish it with pipe.score(resume_from={str(path)!r})"
-            )
+        if _is_document(path):
+            header = read_json(path, DOCUMENT_FORMAT)
+            rows = _rows(header.get("rows"), str(path))
+        else:
+            header, rows, good = read_rows(path)
+            if good < Path(path).stat().st_size:
+                raise PlanError(
+                    f"{path}: breaks off after {len(rows)} rows; finish it with pipe.score(resume_from={str(path)!r})"
+                )
         keys = ("architecture", "weights", "model_class", "component", "settings", "criterion")
         try:
             return cls(tuple(rows), **{k: header[k] for k in keys})
         except KeyError as error:
-            raise PlanError(
-                f"{path}: the first line has no {error}; it is no complete file of scores, score again"
-            ) from error
+            raise PlanError(f"{path}: has no {error}; it is no complete file of scores, score again") from error
 
     def table(self, criterion: str | None = None) -> list[dict[str, Any]]:
         """Plain rows, least important operator first, one per operator and stand-in."""
@@ -193,6 +201,21 @@ class OperatorScores:
             saved = f"{row.params_removed / 1e6:>8.3f}M {row.macs_removed / 1e9:>7.3f}G"
             lines.append(f"  {row.path:<{width}}  {row.kind:<22} {row.stand_in.name:<13} {score:>10} {saved}")
         return "\n".join(lines)
+
+
+def _is_document(path: str | os.PathLike) -> bool:
+    """Is the file one JSON document (`to_json`), and not lines of JSON?"""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("format") == DOCUMENT_FORMAT
+
+
+def _rows(data: Any, where: str) -> list[OperatorScore]:
+    if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
+        raise PlanError(f"{where}: expected a list 'rows' of objects; the file is damaged, score again")
+    return [OperatorScore.from_dict(row) for row in data]
 
 
 def read_rows(path: str | os.PathLike) -> tuple[dict[str, Any], list[OperatorScore], int]:

@@ -24,8 +24,9 @@ def check_k(k: object, limit: int | None = None) -> None:
 def top_k(scores: OperatorScores, k: int, criterion: str | None = None) -> list[OperatorScore]:
     """The k least important operators (LD-Pruner, section 2.4), none inside another.
 
-    Operators are taken from the lowest score up. Taking a block makes those already taken inside it moot: they leave and
-    only the block counts. A block is passed over if so few operators would be left that k could no longer be reached.
+    Operators compete up to the lowest score under which k of them do not nest, so none is taken while k less important ones
+    are there. Among them the lowest scores go first. Taking a block makes those already taken inside it moot: they leave and
+    only the block counts. A block is passed over if k could then no longer be reached.
 
     Returns:
         Exactly k rows, in the order of the model's modules.
@@ -33,9 +34,10 @@ def top_k(scores: OperatorScores, k: int, criterion: str | None = None) -> list[
     Raises:
         ValueError: k is not between 1 and the number of operators that can be modified together.
     """
-    rows = [row for row in scores.ranked(criterion) if row.error is None]
+    ranked = [row for row in scores.ranked(criterion) if row.error is None]
+    check_k(k, len(innermost([row.path for row in ranked])))
+    rows = _competing(ranked, k)
     leaves = set(innermost([row.path for row in rows]))
-    check_k(k, len(leaves))
     chosen: dict[str, OperatorScore] = {}
     reach = len(leaves)  # as many as can still be modified together, given what is chosen
     for row in rows:
@@ -51,6 +53,18 @@ def top_k(scores: OperatorScores, k: int, criterion: str | None = None) -> list[
         chosen = {path: r for path, r in chosen.items() if not is_inside(path, row.path)} | {row.path: row}
     order = {row.path: i for i, row in enumerate(scores.rows)}
     return sorted(chosen.values(), key=lambda row: order[row.path])
+
+
+def _competing(ranked: list[OperatorScore], k: int) -> list[OperatorScore]:
+    """The shortest head of the ranking in which k operators do not lie inside each other."""
+    free: set[str] = set()  # those with none of the head inside them
+    for n, row in enumerate(ranked, 1):
+        free = {path for path in free if not is_inside(row.path, path)}
+        if not any(is_inside(other.path, row.path) for other in ranked[:n]):
+            free.add(row.path)
+        if len(free) == k:
+            return ranked[:n]
+    return ranked
 
 
 def _count_inside(paths: set[str], ancestor: str) -> int:

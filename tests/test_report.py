@@ -187,24 +187,25 @@ def test_costs_are_shares_of_the_first(tmp_path):
 
 
 def test_both_files_of_scores_are_read_back(scores, tmp_path):
-    report.save_scores(tmp_path, scores)
+    scores.to_json(tmp_path / "scores.json")
+    scores.to_csv(tmp_path / "scores.csv")
     scores.save(tmp_path / "scores.jsonl")
-    assert report.load_scores(tmp_path / "scores.json") == scores
-    assert report.load_scores(tmp_path / "scores.jsonl") == scores
+    assert OperatorScores.load(tmp_path / "scores.json") == scores
+    assert OperatorScores.load(tmp_path / "scores.jsonl") == scores
     assert (
         (tmp_path / "scores.csv").read_text().splitlines()[1].startswith("1,up_blocks.0.resnets.0.nonlinearity,SiLU")
     )
 
 
 def test_damaged_files_of_scores_are_refused(scores, tmp_path):
-    report.save_scores(tmp_path, scores)
+    scores.to_json(tmp_path / "scores.json")
     whole = (tmp_path / "scores.json").read_text()
     for text in (whole[: len(whole) // 2], "", whole.replace('"avg_dist"', '"no_dist"')):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(PlanError):
-            report.load_scores(tmp_path / "bad.json")
+            OperatorScores.load(tmp_path / "bad.json")
     with pytest.raises(PlanError, match="no such file"):
-        report.load_scores(tmp_path / "none.json")
+        OperatorScores.load(tmp_path / "none.json")
 
 
 def squares(*colours):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +35,8 @@ def test_a_block_takes_the_place_of_what_lies_inside():
 
 def test_a_block_is_passed_over_if_k_would_be_out_of_reach():
     s = table(x=1, x_a=2, x_b=3, y=4)
-    assert paths(top_k(s, 2)) == ["x", "y"]
+    assert paths(top_k(s, 1)) == ["x"]
+    assert paths(top_k(s, 2)) == ["x.a", "x.b"], "both are less important than y"
     assert paths(top_k(s, 3)) == ["x.a", "x.b", "y"]
 
 
@@ -77,3 +80,19 @@ def test_exactly_k_and_none_inside_another(tree, data):
     assert not any(is_inside(a, b) for a in chosen for b in chosen)
     with pytest.raises(ValueError, match=f"expected 1 to {limit}"):
         top_k(s, limit + 1)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.data())
+def test_no_operator_is_taken_while_k_less_important_ones_are_there(data):
+    """The highest score taken is the lowest possible: against all sets of k that do not nest."""
+    names = data.draw(st.sets(st.sampled_from(["a", "b", "a.a", "a.b", "a.a.c", "a.a.d", "b.c", "c"]), min_size=1))
+    values = {name: data.draw(st.floats(0, 100), label=name) for name in sorted(names)}
+    k = data.draw(st.integers(1, len(innermost(sorted(names)))))
+    chosen = top_k(scores(*(row(path, (value,), (0.0,)) for path, value in values.items())), k)
+    possible = [
+        max(values[path] for path in paths)
+        for paths in itertools.combinations(values, k)
+        if not any(is_inside(a, b) for a in paths for b in paths)
+    ]
+    assert len(chosen) == k and max(values[r.path] for r in chosen) == min(possible)

@@ -45,9 +45,9 @@ def path(name: str) -> Path:
 
 
 def load(name: str = "emoji", **kwargs: Any) -> DiffusionPipeline:
-    """Load a shipped pipeline, in float32 unless `torch_dtype` says otherwise.
+    """Load a shipped pipeline, in float32 unless `dtype` says otherwise.
 
     "emoji": 64x64 emoji from their names, a plain `StableDiffusionPipeline` (10M parameters).
     """
-    kwargs.setdefault("torch_dtype", torch.float32)
+    kwargs.setdefault("dtype", torch.float32)
     return DiffusionPipeline.from_pretrained(path(name), **kwargs)

@@ -44,7 +44,7 @@ class DemoSettings:
     """
 
     name: str = "emoji"
-    ks: tuple[int, ...] = (10, 20, 30, 42)
+    ks: tuple[int, ...] = (10, 20, 30, 42, 80, 160)
     score_prompts: int = 3
     seeds: int = 2
     num_inference_steps: int = 3
@@ -142,7 +142,8 @@ def score_demo(pipe: Any, folder: Path, settings: DemoSettings) -> OperatorScore
         pipe, prompts, num_inference_steps=settings.num_inference_steps, seeds=settings.seeds, guidance_scale=1.0,
         batch_size=len(prompts) * settings.seeds, include=list(settings.include), resume_from=folder / "scores.jsonl",
     )  # fmt: skip
-    report.save_scores(folder, scores)
+    scores.to_csv(folder / "scores.csv")
+    scores.to_json(folder / "scores.json")
     return scores
 
 
