@@ -43,6 +43,7 @@ def load_rows(path, recipe):
     weights = recipe.get("category_weights", {})
     rows["weight"] = [weights.get(c, 1.0) for c in rows.get("category", pd.Series([""] * len(rows)))]
     rows.loc[rows["caption"].str.count(" ") > 1, "weight"] *= recipe.get("long_name_weight", 1.0)
+    rows.loc[rows["caption"].isin(recipe.get("favourites", [])), "weight"] = recipe.get("favourite_weight", 1.0)
     return rows
 
 
