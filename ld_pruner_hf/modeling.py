@@ -46,9 +46,12 @@ def prune_(model: nn.Module, plan: PruningPlan) -> PruningPlan:
         The plan as applied, with what it removed here.
 
     Raises:
-        PlanError: the plan was made for another architecture; the model is then as it was.
+        PlanError: the plan was made for another architecture, or was applied already; the model is then as it was.
     """
     earlier = plan_of(model)
+    gone = sorted(set(plan.paths) & set(earlier.paths)) if earlier else []
+    if gone:
+        raise PlanError(f"the plan takes out {gone[:3]}, which this {type(model).__name__} has lost already")
     plan = apply_plan_(model, plan)
     align_(model)
     _record(model, plan if earlier is None else _merged(earlier, plan))

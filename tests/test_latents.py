@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import tiny
@@ -273,7 +275,7 @@ def test_preserved_puts_everything_back(pipe, error):
         with preserved(pipe):
             assert not pipe.unet.training and not torch.is_grad_enabled()
             final_latents(pipe, {"prompt": "pizza", "num_inference_steps": 2}, [0])
-            np.random.rand(3)
+            np.random.rand(3), random.random()
             pipe.scheduler.set_timesteps(7)
             pipe.something = 3
             if error:

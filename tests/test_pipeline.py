@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 import ld_pruner_hf
-from ld_pruner_hf import LDPrunerMixin, PlanError, PruningPlan, make_plan, plan_of, scoring
+from ld_pruner_hf import LDPrunerMixin, Modification, PlanError, PruningPlan, make_plan, plan_of, scoring
 from ld_pruner_hf.plan import is_inside
 from ld_pruner_hf.replacements import StandIn
 from ld_pruner_hf.selection import innermost
@@ -104,6 +104,15 @@ def test_prune_uses_the_last_scores(pipe, monkeypatch):
     assert pipe.prune(2).paths == make_plan(tiny.stable_diffusion(), 2, scores=scores).paths
     with pytest.raises(AssertionError, match="measured"):
         pipe.prune(2)  # the pruned model has no scores
+
+
+def test_scores_from_before_pruning_are_not_used_again(pipe, monkeypatch):
+    """Taking out an activation leaves the architecture's fingerprint as it is."""
+    pipe.score("pizza", num_inference_steps=1, include="conv_act")
+    pipe.prune(1)
+    forbid_scoring(monkeypatch)
+    with pytest.raises(AssertionError, match="measured"):
+        pipe.prune(1)
 
 
 def test_scores_of_a_replaced_component_are_not_used(pipe, monkeypatch):
@@ -213,6 +222,15 @@ def test_a_plan_twice_is_an_error(pipe, scores):
     plan = pipe.prune(5, scores=scores)
     with pytest.raises(PlanError, match="was made for UNet2DConditionModel"):
         pipe.prune(plan)
+    only_activation = make_plan(tiny.stable_diffusion(), 5, scores=scores).with_modifications(
+        [Modification(r.path, r.kind, r.stand_in) for r in scores if r.path == "conv_act"]
+    )
+    other = tiny.stable_diffusion()
+    other.prune(only_activation)
+    replaced = other.unet.conv_act
+    with pytest.raises(PlanError, match=r"takes out \['conv_act'\], which this UNet2DConditionModel has lost already"):
+        other.prune(only_activation)
+    assert other.unet.conv_act is replaced
 
 
 @pytest.mark.parametrize(("cut", "message"), [(-9, "breaks off"), (30, "no complete first line")])
