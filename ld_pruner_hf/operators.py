@@ -119,7 +119,8 @@ class _Additions(TorchFunctionMode):
         self.on_added = on_added
         self.producers: dict[int, set[str]] = {}  # storage -> modules whose output it holds
         self.consumed: set[int] = set()  # storages that a module has read: a trunk, not the end of a branch
-        self.known: dict[int, StorageWeakRef] = {}  # keeps addresses unique: a freed tensor's is not given to a new one
+        # Weak references keep addresses unique: that of a freed tensor is not given to a new one.
+        self.known: dict[int, StorageWeakRef] = {}
 
     def _key(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()

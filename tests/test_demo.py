@@ -44,7 +44,8 @@ def test_the_model_card_says_what_matters():
 def test_it_is_a_plain_stable_diffusion_pipeline(demo_pipe):
     assert type(demo_pipe) is StableDiffusionPipeline and plan_of(demo_pipe.unet) is None
     assert {p.dtype for p in demo_pipe.unet.parameters()} == {torch.float32}
-    assert demo.load("emoji", torch_dtype=torch.float16).unet.dtype == torch.float16
+    for name in ("dtype", "torch_dtype"):
+        assert demo.load("emoji", **{name: torch.float16}).unet.dtype == torch.float16
 
 
 def test_it_draws_different_finite_pictures(demo_pipe):

@@ -49,5 +49,6 @@ def load(name: str = "emoji", **kwargs: Any) -> DiffusionPipeline:
 
     "emoji": 64x64 emoji from their names, a plain `StableDiffusionPipeline` (10M parameters).
     """
-    kwargs.setdefault("dtype", torch.float32)
+    if "torch_dtype" not in kwargs:  # diffusers' earlier name of it
+        kwargs.setdefault("dtype", torch.float32)
     return DiffusionPipeline.from_pretrained(path(name), **kwargs)
