@@ -84,6 +84,26 @@ def test_file_round_trip(tmp_path):
     assert OperatorScores.load(tmp_path / "scores.jsonl") == s
 
 
+def test_one_json_document_loads_too(tmp_path):
+    path = tmp_path / "scores.json"
+    s = scores(row("a"), row("b", (), (), error="x"))
+    s.to_json(path)
+    assert OperatorScores.load(path) == s and len(json.loads(path.read_text())["rows"]) == 2
+    data = json.loads(path.read_text())
+    for changed, message in [
+        (data | {"rows": 3}, "expected a list 'rows'"),
+        (data | {"rows": [{"path": "a"}]}, "score row"),
+        (data | {"version": 99}, "upgrade it"),
+        ({k: v for k, v in data.items() if k != "weights"}, "has no 'weights'"),
+    ]:
+        path.write_text(json.dumps(changed))
+        with pytest.raises(PlanError, match=message):
+            OperatorScores.load(path)
+    path.write_text(json.dumps(data, indent=1)[:-30])
+    with pytest.raises(PlanError):
+        OperatorScores.load(path)
+
+
 def test_csv_holds_the_table(tmp_path):
     s = scores(row("a"), row("b", (0.5,), (0.0,)), row("c", (), (), error="failed, badly"))
     s.to_csv(tmp_path / "scores.csv")
