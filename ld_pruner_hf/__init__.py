@@ -12,18 +12,20 @@ from .modeling import plan_of
 from .operators import find_operators
 from .pipeline import LDPrunerMixin, make_plan, profile, prune, score
 from .plan import Modification, Operator, OutputRule, PlanError, PruningPlan, StandInSpec
+from .presets import PRESETS, apply_preset_
 from .profiling import Profile
 from .scores import CRITERIA, OperatorScore, OperatorScores
 from .scoring import score_operators
 from .selection import top_k
+from .stock import StockRecord, record_of
 from .surgery import applied, apply_plan_
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "CRITERIA", "LDPrunerMixin", "Modification", "Operator", "OperatorScore", "OperatorScores", "OutputRule", "PlanError",
-    "Profile", "PruningPlan", "StandInSpec", "applied", "apply_plan_", "find_operators", "make_plan", "plan_of", "profile",
-    "prune", "score", "score_operators", "top_k",
+    "CRITERIA", "PRESETS", "LDPrunerMixin", "Modification", "Operator", "OperatorScore", "OperatorScores", "OutputRule",
+    "PlanError", "Profile", "PruningPlan", "StandInSpec", "StockRecord", "applied", "apply_plan_", "apply_preset_",
+    "find_operators", "make_plan", "plan_of", "profile", "prune", "record_of", "score", "score_operators", "top_k",
 ]  # fmt: skip
 
 _modeling.install()

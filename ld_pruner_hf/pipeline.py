@@ -13,10 +13,12 @@ from .latents import find_denoiser, make_conditions, preserved, record_call
 from .modeling import prune_
 from .operators import recorded, steps_argument_if_any
 from .plan import Modification, PlanError, PruningPlan
+from .presets import PRESETS, apply_preset_
 from .profiling import Profile, profile_call
 from .scores import OperatorScore, OperatorScores, check_criterion
 from .scoring import score_operators
-from .selection import check_k, innermost, top_k
+from .selection import check_k, top_k
+from .stock import StockRecord
 from .surgery import architecture_of, check_plan, count_params, refuse_wrapped
 
 _LAST_SCORES = "_ld_pruner_scores"
@@ -86,29 +88,38 @@ def prune(
     criterion: str | None = None,
     component: str | None = None,
     **score_kwargs: Any,
-) -> PruningPlan:
+) -> PruningPlan | StockRecord:
     """Take the least important operators out of the pipeline, in place.
 
     Args:
-        target: how many operators to take out, exactly; or a `PruningPlan`, or the path of one.
+        target: how many operators to take out, exactly; or a `PruningPlan`, or the path of one; or the name of a hand-made
+            plan ("bk-sdm-small"; see `ld_pruner_hf.PRESETS`).
         scores: scores to choose by, or their file; default: those of the last `score`, else the pipeline is scored first.
         criterion: formula to rank by; default: the one of the scores.
         component: which model; default: the one that denoises.
         **score_kwargs: arguments of `score_operators`, if the pipeline is to be scored.
 
     Returns:
-        The plan as applied. It is also in the model's config, so `pipe.save_pretrained` keeps it.
+        The plan as applied. It is also in the model's config, so `pipe.save_pretrained` keeps it. For a hand-made plan a
+        `StockRecord`: the model is then a stock diffusers model and loads without this package. In both cases the model
+        stays the same object.
 
     Raises:
-        ValueError: k is no whole number, not positive, or more than can be taken out together.
+        ValueError: k is no whole number, not positive, or more than can be taken out together; no such preset, or one for
+            another architecture.
         PlanError: a plan or scores of another architecture, or a damaged file; the pipeline is then as it was.
 
     Example:
         >>> plan = pipe.prune(42)
         >>> pipe.save_pretrained("pruned")
     """
+    if isinstance(target, str) and target in PRESETS:
+        name = find_denoiser(pipe, component)
+        record = apply_preset_(_component(pipe, name), target, name)
+        _forget_scores(pipe)
+        return record
     if isinstance(target, (str, os.PathLike)):
-        target = PruningPlan.load(Path(target))
+        target = _load_plan(target)
     if isinstance(target, PruningPlan):
         plan = target
         name = component or plan.component or find_denoiser(pipe)
@@ -117,9 +128,21 @@ def prune(
         plan = make_plan(pipe, target, scores=scores, criterion=criterion, component=component, **score_kwargs)
         name = plan.component
     applied_plan = prune_(_component(pipe, name), plan)
+    _forget_scores(pipe)
+    return applied_plan
+
+
+def _forget_scores(pipe: DiffusionPipeline) -> None:
+    """Scores are of the model as it was."""
     if hasattr(pipe, _LAST_SCORES):
         delattr(pipe, _LAST_SCORES)
-    return applied_plan
+
+
+def _load_plan(target: str | os.PathLike) -> PruningPlan:
+    path = Path(target)
+    if isinstance(target, str) and not path.exists() and path.suffix != ".json" and path.name == target:
+        raise ValueError(f"target: got {target!r}, which is no file; expected a path of a plan or one of {list(PRESETS)}")
+    return PruningPlan.load(path)
 
 
 def profile(
@@ -173,7 +196,7 @@ class LDPrunerMixin:
     def score(self, conditions: Any = None, **kwargs: Any) -> OperatorScores:
         return score(self, conditions, **kwargs)
 
-    def prune(self, target: int | PruningPlan | str | os.PathLike, **kwargs: Any) -> PruningPlan:
+    def prune(self, target: int | PruningPlan | str | os.PathLike, **kwargs: Any) -> PruningPlan | StockRecord:
         return prune(self, target, **kwargs)
 
     def profile(self, **kwargs: Any) -> Profile:
