@@ -17,7 +17,7 @@ from .profiling import Profile
 from .scores import CRITERIA, OperatorScore, OperatorScores
 from .scoring import score_operators
 from .selection import top_k
-from .stock import StockRecord, record_of
+from .stock import StockRecord, record_of, to_stock_
 from .surgery import applied, apply_plan_
 
 __version__ = "0.1.0.dev0"
@@ -25,7 +25,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CRITERIA", "PRESETS", "LDPrunerMixin", "Modification", "Operator", "OperatorScore", "OperatorScores", "OutputRule",
     "PlanError", "Profile", "PruningPlan", "StandInSpec", "StockRecord", "applied", "apply_plan_", "apply_preset_",
-    "find_operators", "make_plan", "plan_of", "profile", "prune", "record_of", "score", "score_operators", "top_k",
+    "find_operators", "make_plan", "plan_of", "profile", "prune", "record_of", "score", "score_operators", "to_stock_", "top_k",
 ]  # fmt: skip
 
 _modeling.install()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
 from .latents import find_denoiser, make_conditions, preserved, record_call
-from .modeling import prune_
+from .modeling import plan_of, prune_
 from .operators import recorded, steps_argument_if_any
 from .plan import Modification, PlanError, PruningPlan
 from .presets import PRESETS, apply_preset_
@@ -18,7 +20,7 @@ from .profiling import Profile, profile_call
 from .scores import OperatorScore, OperatorScores, check_criterion
 from .scoring import score_operators
 from .selection import check_k, top_k
-from .stock import StockRecord
+from .stock import StockRecord, stock_candidates, to_stock_
 from .surgery import architecture_of, check_plan, count_params, refuse_wrapped
 
 _LAST_SCORES = "_ld_pruner_scores"
@@ -100,9 +102,9 @@ def prune(
         **score_kwargs: arguments of `score_operators`, if the pipeline is to be scored.
 
     Returns:
-        The plan as applied. It is also in the model's config, so `pipe.save_pretrained` keeps it. For a hand-made plan a
-        `StockRecord`: the model is then a stock diffusers model and loads without this package. In both cases the model
-        stays the same object.
+        The plan as applied; `plan.how["saved_as"]` says what the model became. A plan that a stock config can express makes
+        a stock diffusers model, which loads without this package; any other is kept in the model's config. For a hand-made
+        plan a `StockRecord`. The model stays the same object in all cases, and `pipe.save_pretrained` keeps what was done.
 
     Raises:
         ValueError: k is no whole number, not positive, or more than can be taken out together; no such preset, or one for
@@ -129,7 +131,25 @@ def prune(
         name = plan.component
     applied_plan = prune_(_component(pipe, name), plan)
     _forget_scores(pipe)
-    return applied_plan
+    return replace(applied_plan, how={**applied_plan.how, "saved_as": _simplify_(pipe, name, applied_plan)})
+
+
+def _simplify_(pipe: DiffusionPipeline, name: str, plan: PruningPlan) -> str:
+    """Make the pruned model a stock one if a stock config can express it; says which kind it became."""
+    model: Any = _component(pipe, name)
+    kind, record, why = type(model).__name__, None, ""
+    has_config = isinstance(model, ConfigMixin)
+    if has_config and any(True for _ in stock_candidates(model, plan_of(model) or plan)):
+        try:
+            with preserved(pipe):
+                call = {**steps_argument_if_any(pipe), **make_conditions(pipe, None, {})[0]}
+                record = to_stock_(model, record_call(pipe, name, call), name)
+        except ValueError as error:  # the pipeline cannot be called without the user's images, say
+            why = f"; not tried as a stock config: {error}"
+    if record is None:
+        return f"{kind} with its plan in the config: import ld_pruner_hf before loading{why}"
+    entries = ", ".join(f"{k}={v}" for k, v in record.config.items())
+    return f"stock {kind} ({entries}): loads with plain diffusers"
 
 
 def _forget_scores(pipe: DiffusionPipeline) -> None:
@@ -193,13 +213,13 @@ def _upper_limit(pipe: DiffusionPipeline, component: str | None) -> int:
 class LDPrunerMixin:
     """The methods that `import ld_pruner_hf` gives every `DiffusionPipeline`."""
 
-    def score(self, conditions: Any = None, **kwargs: Any) -> OperatorScores:
+    def score(self: Any, conditions: Any = None, **kwargs: Any) -> OperatorScores:
         return score(self, conditions, **kwargs)
 
-    def prune(self, target: int | PruningPlan | str | os.PathLike, **kwargs: Any) -> PruningPlan | StockRecord:
+    def prune(self: Any, target: int | PruningPlan | str | os.PathLike, **kwargs: Any) -> PruningPlan | StockRecord:
         return prune(self, target, **kwargs)
 
-    def profile(self, **kwargs: Any) -> Profile:
+    def profile(self: Any, **kwargs: Any) -> Profile:
         return profile(self, **kwargs)
 
     score.__doc__, prune.__doc__, profile.__doc__ = score_operators.__doc__, prune.__doc__, profile.__doc__

@@ -324,4 +324,6 @@ class PruningPlan:
         for m in self.modifications:
             score = "" if m.score is None else f"  score {m.score:.4g}"
             lines.append(f"  {m.path:<{width}}  {m.kind} -> {m.stand_in.name}{score}")
+        if "saved_as" in self.how:
+            lines.append(f"saved as a {self.how['saved_as']}")
         return "\n".join(lines)

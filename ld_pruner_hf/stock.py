@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,11 +12,11 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from torch import nn
 
-from .modeling import GUARD_KEY, PLAN_KEY
+from .latents import RecordedCall
+from .modeling import GUARD_KEY, PLAN_KEY, RECORD_KEY, plan_of
+from .plan import PruningPlan
+from .profiling import run
 from .surgery import count_params, refuse_wrapped
-
-RECORD_KEY = "_pruned"
-"""Config entry that says what was done. diffusers passes over private entries in silence and keeps them on saving."""
 
 Rename = Callable[[str], str]
 
@@ -33,6 +35,7 @@ class StockRecord:
         params_before, params_after: number of parameters.
         config: the config entries that changed, with their new values.
         narrowed: parameters of which only some input channels were kept; all others are the old model's, whole.
+        removed: for a plan, the paths that it took out of the old model.
     """
 
     how: str
@@ -42,6 +45,7 @@ class StockRecord:
     params_after: int
     config: dict[str, Any] = field(default_factory=dict)
     narrowed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
     @property
     def params_removed(self) -> int:
@@ -53,7 +57,9 @@ class StockRecord:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StockRecord:
         known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
-        return cls(**{**known, "narrowed": tuple(known.get("narrowed", ()))})
+        return cls(
+            **{**known, "narrowed": tuple(known.get("narrowed", ())), "removed": tuple(known.get("removed", ()))}
+        )
 
     def __str__(self) -> str:
         share = 100 * self.params_removed / max(1, self.params_before)
@@ -173,6 +179,8 @@ def restructure_(
     source: str = "",
     component: str = "",
     narrow: Mapping[str, list[int]] | None = None,
+    removed: tuple[str, ...] = (),
+    params_before: int = 0,
     same_output: Callable[[], bool] | None = None,
 ) -> StockRecord:
     """Turn `model`, in place, into the stock model of its edited config, with its own weights at the renamed keys.
@@ -183,6 +191,7 @@ def restructure_(
     Args:
         edits: config entries to change. rename: key in the new model -> key in the old one.
         narrow: path in the new model -> input channels to keep of the old module, where its input gets smaller.
+        removed, params_before: for the record; the parameters default to those that the model has now.
         same_output: asked after the change; False undoes it.
 
     Raises:
@@ -199,13 +208,164 @@ def restructure_(
         )
     have = model.state_dict()
     narrowed = tuple(key for key, value in stock.state_dict().items() if have[rename(key)].shape != value.shape)
-    before, config, undo = count_params(model), model.config, _Undo()
+    before, config, undo = params_before or count_params(model), model.config, _Undo()
     _conform(model, stock, "", rename, narrow, undo)
     if same_output is not None and not same_output():
         undo()
         raise ValueError(f"{how}: the stock {type(model).__name__} with {dict(edits)} gives another output")
-    record = StockRecord(how, source, component, before, count_params(model), dict(edits), narrowed)
+    record = StockRecord(how, source, component, before, count_params(model), dict(edits), narrowed, removed)
     earlier = config.get(RECORD_KEY)
     data = record.to_dict() | ({"earlier": earlier} if earlier else {})
     model._internal_dict = FrozenDict({**edited_config(model, edits), RECORD_KEY: data})
     return record
+
+
+# ---- plans that a stock config can express ---------------------------------------------------------------------------
+
+_INNER_LAYERS = re.compile(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks")
+
+
+def _kept_indices(model: nn.Module, plan: PruningPlan) -> dict[str, list[int]] | None:
+    """path of a list of blocks -> indices that stay; None if the plan does anything else than take out blocks and the mid block."""
+    gone: dict[str, set[int]] = {}
+    for m in plan:
+        parent, _, index = m.path.rpartition(".")
+        if m.stand_in.name != "identity":
+            return None
+        if m.path == "mid_block":
+            continue
+        if not index.isdigit() or ("." in parent and not _INNER_LAYERS.fullmatch(parent)):
+            return None
+        gone.setdefault(parent, set()).add(int(index))
+    lists: dict[str, Any] = {path: model.get_submodule(path) for path in gone}
+    return {path: [i for i in range(len(blocks)) if i not in gone[path]] for path, blocks in lists.items()}
+
+
+def _renaming(kept: Mapping[str, list[int]]) -> Rename:
+    """Index in a shortened list -> index in the full one."""
+
+    def rename(key: str) -> str:
+        for path, indices in kept.items():
+            if key.startswith(path + "."):
+                index, dot, rest = key.removeprefix(path + ".").partition(".")
+                if int(index) >= len(indices):  # the stock model has more blocks: its weights come from nowhere
+                    return f"no {key}"
+                return f"{path}.{indices[int(index)]}{dot}{rest}"
+        return key
+
+    return rename
+
+
+def _list_edits(config: Mapping[str, Any], length: int, kept: list[int]) -> Iterator[dict[str, Any]]:
+    """Ways in which a config may say that a list of `length` blocks keeps only some: its number, and what is given per block."""
+    per_block: dict[str, Any] = {}
+    for key, value in config.items():
+        if not isinstance(value, (list, tuple)) or key.startswith("_"):
+            continue
+        if key.endswith("_layers") and all(type(v) is int for v in value):  # indices of special blocks (SD 3.5)
+            per_block[key] = [kept.index(v) for v in value if v in kept]
+        elif len(value) == length:
+            per_block[key] = [value[i] for i in kept]
+    for key, value in config.items():
+        if type(value) is int and value == length and not key.startswith("_"):
+            yield {key: len(kept)}
+            if per_block:
+                yield {key: len(kept), **per_block}
+
+
+def _depth_edits(model: nn.Module, kept: Mapping[str, list[int]]) -> dict[str, Any]:
+    """A U-Net's `transformer_layers_per_block`, per stage and attention, with only the kept inner layers."""
+
+    def depths(side: str) -> list[Any]:
+        result: list[Any] = []
+        for i, block in enumerate(getattr(model, f"{side}_blocks")):
+            paths = [
+                f"{side}_blocks.{i}.attentions.{j}.transformer_blocks"
+                for j in range(len(getattr(block, "attentions", ())))
+            ]
+            counts = [len(kept[p]) if p in kept else len(model.get_submodule(p)) for p in paths]  # type: ignore[arg-type]
+            result.append(counts[0] if len(set(counts)) == 1 else counts or 1)
+        return result
+
+    return {"transformer_layers_per_block": depths("down"), "reverse_transformer_layers_per_block": depths("up")}
+
+
+def stock_candidates(model: Any, plan: PruningPlan) -> Iterator[tuple[dict[str, Any], Rename]]:
+    """Config edits that may express the plan, and where the weights of the stock model then come from."""
+    kept = _kept_indices(model, plan)
+    if kept is None:
+        return
+    config = {k: v for k, v in model.config.items() if k not in (PLAN_KEY, GUARD_KEY)}
+    fixed: dict[str, Any] = {"mid_block_type": None} if "mid_block" in plan.paths else {}
+    if any("." in path for path in kept):
+        fixed |= _depth_edits(model, kept)
+    ways = [list(_list_edits(config, len(model.get_submodule(p)), i)) for p, i in kept.items() if "." not in p]
+    for chosen in itertools.product(*ways):
+        merged = dict(fixed)
+        for edit in chosen:
+            merged |= edit
+        yield merged, _renaming(kept)
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    values = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    )
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def to_stock_(model: Any, call: RecordedCall, component: str = "") -> StockRecord | None:
+    """Turn a pruned model, in place, into a stock diffusers model, if a stock config can express its plan.
+
+    Such plans take out whole blocks: the mid block of a U-Net, blocks of a transformer (the rest is numbered anew), transformer
+    layers inside a U-Net's attention. Nothing is known about single classes: candidate edits of the config are tried, and one
+    is taken if its weights are this model's, all of them, and the output of `call` stays the same to the last bit.
+
+    Args:
+        model: a model that a plan has pruned. call: arguments of one call.
+
+    Returns:
+        What was done, or None if the plan stays in the config and loading needs this package.
+    """
+    plan, has_config = plan_of(model), isinstance(model, ConfigMixin)
+    if plan is None or not has_config:
+        return None
+    with torch.no_grad():
+        for edits, rename in stock_candidates(model, plan):
+            try:
+                stock = build_stock(model, edits)
+            except Exception:  # a coincidence of numbers: this entry does not count the blocks
+                continue
+            used = {rename(key) for key in stock.state_dict()}
+            if misfits(model, stock, rename) or used != set(model.state_dict()):
+                continue
+            before = _tensors(_repeatable(model, call))
+
+            def same_output(before: list[torch.Tensor] = before) -> bool:
+                after = _tensors(_repeatable(model, call))
+                return len(before) == len(after) and all(map(torch.equal, before, after))
+
+            try:
+                return restructure_(
+                    model,
+                    edits,
+                    rename,
+                    how="plan",
+                    component=component,
+                    removed=tuple(plan.paths),
+                    params_before=plan.params_before,
+                    same_output=same_output,
+                )
+            except ValueError:
+                continue
+    return None
+
+
+def _repeatable(model: nn.Module, call: RecordedCall) -> Any:
+    """One call in eval mode."""
+    training = [(m, m.training) for m in model.modules()]
+    try:
+        return run(model.eval(), call)
+    finally:
+        for module, flag in training:
+            module.training = flag
