@@ -11,12 +11,12 @@ from . import pipeline as _pipeline
 from .modeling import plan_of
 from .operators import find_operators
 from .pipeline import LDPrunerMixin, make_plan, profile, prune, score
-from .plan import Modification, Operator, OutputRule, PlanError, PruningPlan, StandInSpec
+from .plan import Modification, Operator, OutputRule, PlanDiff, PlanError, PruningPlan, StandInSpec
 from .presets import PRESETS, apply_preset_
 from .profiling import Profile
 from .scores import CRITERIA, OperatorScore, OperatorScores
 from .scoring import score_operators
-from .selection import top_k
+from .selection import knapsack, ratio, top_k
 from .stock import StockRecord, record_of, to_stock_
 from .surgery import applied, apply_plan_
 
@@ -24,8 +24,8 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CRITERIA", "PRESETS", "LDPrunerMixin", "Modification", "Operator", "OperatorScore", "OperatorScores", "OutputRule",
-    "PlanError", "Profile", "PruningPlan", "StandInSpec", "StockRecord", "applied", "apply_plan_", "apply_preset_",
-    "find_operators", "make_plan", "plan_of", "profile", "prune", "record_of", "score", "score_operators", "to_stock_", "top_k",
+    "PlanDiff", "PlanError", "Profile", "PruningPlan", "StandInSpec", "StockRecord", "applied", "apply_plan_", "apply_preset_",
+    "find_operators", "knapsack", "make_plan", "plan_of", "profile", "prune", "ratio", "record_of", "score", "score_operators", "to_stock_", "top_k",
 ]  # fmt: skip
 
 _modeling.install()
