@@ -8,6 +8,7 @@
 
 from . import modeling as _modeling
 from . import pipeline as _pipeline
+from .fitting import Fit, fit_stand_ins
 from .modeling import plan_of
 from .operators import find_operators
 from .pipeline import LDPrunerMixin, make_plan, profile, prune, score
@@ -23,9 +24,9 @@ from .surgery import applied, apply_plan_
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "CRITERIA", "PRESETS", "LDPrunerMixin", "Modification", "Operator", "OperatorScore", "OperatorScores", "OutputRule",
+    "CRITERIA", "PRESETS", "Fit", "LDPrunerMixin", "Modification", "Operator", "OperatorScore", "OperatorScores", "OutputRule",
     "PlanDiff", "PlanError", "Profile", "PruningPlan", "StandInSpec", "StockRecord", "applied", "apply_plan_", "apply_preset_",
-    "find_operators", "knapsack", "make_plan", "plan_of", "profile", "prune", "ratio", "record_of", "score", "score_operators", "to_stock_", "top_k",
+    "find_operators", "fit_stand_ins", "knapsack", "make_plan", "plan_of", "profile", "prune", "ratio", "record_of", "score", "score_operators", "to_stock_", "top_k",
 ]  # fmt: skip
 
 _modeling.install()

@@ -12,7 +12,7 @@ from typing import Any
 PLAN_FORMAT = "ld_pruner_hf.plan"
 FORMAT_VERSION = 1
 
-RULES = ("identity", "zero", "adapt")
+RULES = ("identity", "zero", "adapt", "affine")
 
 
 class PlanError(ValueError):
@@ -65,7 +65,8 @@ class OutputRule:
         argument: name of the operator's argument that is read; a number for the i-th of its `*args`.
         position: where that argument stands when it is passed by position.
         index: which tensor inside the argument, for arguments that are (nested) tuples.
-        rule: `identity` passes it on, `zero` returns zeros of the output's shape, `adapt` changes channels or size.
+        rule: `identity` passes it on, `zero` returns zeros of the output's shape, `adapt` changes channels or size,
+            `affine` scales and shifts each channel.
         channel_dim: dimension that holds channels.
         in_channels, out_channels: sizes of that dimension; equal where the rule keeps them.
         factors: per remaining dimension behind the batch, in order: 1 keeps the size, +n upscales n times, -n pools n to 1.
