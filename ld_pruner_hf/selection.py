@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import numpy as np
 
@@ -91,8 +91,10 @@ def _usable(
     return rows, [SAVINGS[unit](r) for r in rows], [r.score(criterion or scores.criterion) for r in rows]
 
 
-def _ancestors(path: str, among: Iterable[str]) -> list[str]:
-    return [p for p in among if is_inside(path, p)]
+def _ancestors(path: str, among: Container[str]) -> list[str]:
+    """Those of `among` that enclose `path`, outermost first."""
+    parts = path.split(".")
+    return [p for p in (".".join(parts[:i]) for i in range(1, len(parts))) if p in among]
 
 
 def _largest(rows: Sequence[OperatorScore], savings: Sequence[float], fixed: Iterable[int] = ()) -> float:
@@ -107,7 +109,7 @@ def _largest(rows: Sequence[OperatorScore], savings: Sequence[float], fixed: Ite
         best = held[path] if path in held else max(own[path], inside[path])
         parents = _ancestors(path, own)
         if parents:
-            inside[max(parents, key=len)] += best
+            inside[parents[-1]] += best
         else:
             total += best
     return total
@@ -199,21 +201,27 @@ def ratio(scores: OperatorScores, unit: str, target: float, criterion: str | Non
     """
     rows, savings, damages = _usable(scores, unit, criterion)
     _check_target(unit, target, _largest(rows, savings))
-    inside = {r.path: {q.path for q in rows if is_inside(q.path, r.path)} | {r.path} for r in rows}
+    inside: dict[str, set[str]] = {row.path: set() for row in rows}
+    for path in inside:
+        for p in _ancestors(path, inside):
+            inside[p].add(path)
     chosen: dict[str, int] = {}
     barred: set[int] = set()
     while math.fsum(savings[i] for i in chosen.values()) < target:
         best, best_moot, best_price = -1, [], math.inf
+        covered = {q for p in chosen for q in inside[p]}
         for i, row in enumerate(rows):
-            if i in barred or any(row.path in inside[p] and p != row.path for p in chosen):
+            if i in barred or row.path in covered:
                 continue
-            moot = [p for p in chosen if p in inside[row.path]]
+            moot = [p for p in (row.path, *inside[row.path]) if p in chosen]
             saved = savings[i] - math.fsum(savings[chosen[p]] for p in moot)
             price = (damages[i] - math.fsum(damages[chosen[p]] for p in moot)) / saved if saved > 0 else math.inf
             if price < best_price:
                 best, best_moot, best_price = i, moot, price
+        if best < 0:  # all is taken; only the rounding of a sum of shares is missing
+            break
         kept = {p: i for p, i in chosen.items() if p not in best_moot} | {rows[best].path: best}
-        if _largest(rows, savings, kept.values()) < target:  # with it the target would be out of reach
+        if _largest(rows, savings, kept.values()) < target * (1 - 1e-12):  # with it the target would be out of reach
             barred.add(best)
             continue
         chosen = kept

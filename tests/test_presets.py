@@ -262,3 +262,24 @@ def test_other_models_and_pruned_ones_are_refused():
         apply_preset_(unet, "bk-sdm-small")
     assert apply_preset_(unet, "no-mid-block").params_before == record_of(unet).params_before
     assert unet.config["_pruned"]["earlier"]["how"] == "bk-sdm-base"
+
+
+def test_a_model_with_adapters_is_refused_and_left_alone():
+    peft = pytest.importorskip("peft")
+    unet = make(SMALL_SD)
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    keys = list(unet.state_dict())
+    with pytest.raises(ValueError, match="unload or fuse adapters first"):
+        apply_preset_(unet, "bk-sdm-base")
+    assert list(unet.state_dict()) == keys and unet.config.layers_per_block == 2
+
+
+def test_freeu_finds_its_stages():
+    """FreeU looks at `resolution_idx`, which counts from the innermost up block that is left."""
+    unet = make(SMALL_SD)
+    apply_preset_(unet, "bk-sdm-tiny")
+    plain = call(unet)
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert unet.up_blocks[0].b1 == 1.2 and not torch.equal(call(unet), plain)
+    unet.disable_freeu()
+    assert torch.equal(call(unet), plain)

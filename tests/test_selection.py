@@ -202,6 +202,20 @@ def test_latency_needs_latency():
         knapsack(scores, "latency", 0.3)
 
 
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("seed", range(5))
+def test_the_largest_saving_is_reachable_in_spite_of_rounding(method, seed):
+    rng = random.Random(seed)
+    rows = tuple(
+        OperatorScore(
+            f"{i % 4}.{i}", "Block", SPECS["identity"], (rng.random(),), (0.0,), latency_share=rng.random() / 40
+        )
+        for i in range(40)
+    )
+    scores = OperatorScores(rows, "a", "w", "Model", "unet", {})
+    assert METHODS[method](scores, "latency", largest_saving(scores, "latency")) == list(rows)
+
+
 def test_without_scipy_the_extra_is_named(monkeypatch):
     real = builtins.__import__
 
