@@ -11,22 +11,26 @@ In short:
 from . import demo
 from . import modeling as _modeling
 from . import pipeline as _pipeline
+from .fitting import Fit, fit_stand_ins
 from .modeling import plan_of
 from .operators import find_operators
 from .pipeline import LDPrunerMixin, make_plan, profile, prune, score
-from .plan import Modification, Operator, OutputRule, PlanError, PruningPlan, StandInSpec
+from .plan import Modification, Operator, OutputRule, PlanDiff, PlanError, PruningPlan, StandInSpec
+from .presets import PRESETS, apply_preset_
 from .profiling import Profile
 from .scores import CRITERIA, OperatorScore, OperatorScores
 from .scoring import score_operators
-from .selection import top_k
+from .selection import knapsack, ratio, top_k
+from .stock import StockRecord, record_of, to_stock_
 from .surgery import applied, apply_plan_
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "CRITERIA", "LDPrunerMixin", "Modification", "Operator", "OperatorScore", "OperatorScores", "OutputRule", "PlanError",
-    "Profile", "PruningPlan", "StandInSpec", "applied", "apply_plan_", "demo", "find_operators", "make_plan", "plan_of",
-    "profile", "prune", "score", "score_operators", "top_k",
+    "CRITERIA", "PRESETS", "Fit", "LDPrunerMixin", "Modification", "Operator", "OperatorScore", "OperatorScores",
+    "OutputRule", "PlanDiff", "PlanError", "Profile", "PruningPlan", "StandInSpec", "StockRecord", "applied",
+    "apply_plan_", "apply_preset_", "demo", "find_operators", "fit_stand_ins", "knapsack", "make_plan", "plan_of",
+    "profile", "prune", "ratio", "record_of", "score", "score_operators", "to_stock_", "top_k",
 ]  # fmt: skip
 
 _modeling.install()

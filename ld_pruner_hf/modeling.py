@@ -21,6 +21,8 @@ from .plan import PlanError, PruningPlan, is_inside
 from .surgery import align_, apply_plan_, count_params
 
 PLAN_KEY = "pruning_plan"
+RECORD_KEY = "_pruned"
+"""Entry of a stock config that says what was done. diffusers passes over private entries in silence and keeps them."""
 GUARD_KEY = "quantization_config"
 GUARD = {
     "quant_method": "ld_pruner_hf (a pruned model: `pip install ld_pruner_hf`, then `import ld_pruner_hf` before loading)"
@@ -163,4 +165,8 @@ def install() -> None:
 def kept_share(model: nn.Module) -> float:
     """Parameters of a pruned model as a share of what it had before; 1.0 for an unpruned one."""
     plan = plan_of(model)
-    return 1.0 if plan is None or not plan.params_before else count_params(model) / plan.params_before
+    before = 0 if plan is None else plan.params_before
+    record = getattr(model, "config", {}).get(RECORD_KEY) if isinstance(model, ConfigMixin) else None
+    while record:
+        before, record = record["params_before"], record.get("earlier")
+    return count_params(model) / before if before else 1.0

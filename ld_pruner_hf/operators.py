@@ -288,7 +288,7 @@ def _watch(model: nn.Module, call: RecordedCall) -> dict[str, _Seen]:
 # ---- from what was seen to operators ---------------------------------------------------------------------------------
 
 
-def _cheaper(spec: StandInSpec, seen: _Seen, params: int, macs: int, batch: int) -> bool:
+def _cheaper(spec: StandInSpec, seen: _Seen, macs: int) -> bool:
     """Does the stand-in save something? One that only passes tensors on does; a computing one must need fewer MACs."""
     _, stand_in_macs = stand_in_cost(spec, seen.output_shapes)
     if all(rule.rule != "adapt" for rule in spec.rules):
@@ -511,7 +511,7 @@ def _find(
         reason = entry.reason if not specs or all(r.rule != "zero" for s in specs for r in s.rules) else None
         if reason is None:
             offered = [s for s in specs if standins == "all" or s.name != "zero"]
-            specs = [s for s in offered if _cheaper(s, entry, params, own_macs, call.batch_size)]
+            specs = [s for s in offered if _cheaper(s, entry, own_macs)]
             if not specs:
                 reason = f"no cheaper stand-in ({', '.join(s.name for s in offered) or 'only zero'} costs as much)"
         operators.append(

@@ -2,135 +2,189 @@
 
 from __future__ import annotations
 
-import inspect
 import os
+import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
+from .fitting import fit_stand_ins
 from .latents import find_denoiser, make_conditions, preserved, record_call
-from .modeling import prune_
-from .operators import find_operators, recorded, steps_argument_if_any
-from .plan import Modification, PlanError, PruningPlan
-from .profiling import Profile, profile_call
-from .scores import OperatorScore, OperatorScores, check_criterion
+from .modeling import plan_of, prune_
+from .operators import recorded, steps_argument_if_any
+from .plan import PruningPlan
+from .planning import LAST_SCORES, SCORING_ONLY, component_of, first_call, make_plan, score
+from .presets import PRESETS, apply_preset_
+from .profiling import Profile, device_of, measure_latency, profile_call, run
+from .scores import OperatorScores
 from .scoring import score_operators
-from .selection import check_k, innermost, top_k
-from .surgery import architecture_of, check_plan, count_params, refuse_wrapped
-
-_LAST_SCORES = "_ld_pruner_scores"
+from .stock import StockRecord, stock_candidates, to_stock_
+from .surgery import check_plan
 
 
-def plan_from(rows: list[OperatorScore], scores: OperatorScores, params_before: int, **how: Any) -> PruningPlan:
-    """A plan that applies the chosen rows. It goes into published configs, so it counts the conditions but does not quote them."""
-    settings = {**scores.settings, "conditions": len(scores.settings.get("conditions", ()))}
-    modifications = tuple(
-        Modification(r.path, r.kind, r.stand_in, r.params_removed, r.macs_removed, r.score(scores.criterion))
-        for r in rows
-    )
-    return PruningPlan(
-        component=scores.component,
-        model_class=scores.model_class,
-        architecture=scores.architecture,
-        modifications=modifications,
-        params_before=params_before,
-        how={"criterion": scores.criterion, "settings": settings, **how},
-    )
+@overload
+def prune(pipe: DiffusionPipeline, target: int | PruningPlan | None = None, **kwargs: Any) -> PruningPlan: ...
 
 
-def score(pipe: DiffusionPipeline, conditions: Any = None, **kwargs: Any) -> OperatorScores:
-    """Score the operators of the pipeline's denoiser; see `score_operators`. `prune` uses the result if given no other."""
-    scores = score_operators(pipe, conditions, **kwargs)
-    setattr(pipe, _LAST_SCORES, scores)
-    return scores
-
-
-def make_plan(
-    pipe: DiffusionPipeline,
-    k: int,
-    *,
-    scores: OperatorScores | str | os.PathLike | None = None,
-    criterion: str | None = None,
-    component: str | None = None,
-    **score_kwargs: Any,
-) -> PruningPlan:
-    """Choose the k least important operators without touching the pipeline; see `prune` for arguments and errors."""
-    check_k(k)
-    if criterion is not None:
-        check_criterion(criterion)
-    if isinstance(scores, (str, os.PathLike)):
-        scores = OperatorScores.load(scores)
-    if scores is None:
-        last = getattr(pipe, _LAST_SCORES, None)
-        usable = last is not None and component in (None, last.component) and not score_kwargs and _fits(pipe, last)
-        if not usable:
-            _check_reachable(pipe, k, component, score_kwargs)
-        scores = last if usable else score(pipe, component=component, **score_kwargs)
-    if not isinstance(scores, OperatorScores):
-        raise ValueError(
-            f"scores: got {type(scores).__name__}, expected OperatorScores or the path of a file of scores"
-        )
-    if component is not None and component != scores.component:
-        raise ValueError(f"component: got {component!r}, the scores are of {scores.component!r}")
-    model = _component(pipe, scores.component)
-    if not _fits(pipe, scores):
-        raise PlanError(
-            f"the scores are of another model: {scores.model_class} with architecture {scores.architecture}, this pipeline's "
-            f"{scores.component} is {type(model).__name__} with {architecture_of(model)}; score this pipeline"
-        )
-    if criterion is not None:
-        scores = scores.with_criterion(criterion)
-    return plan_from(top_k(scores, k), scores, count_params(model), method="top-k", k=k)
+@overload
+def prune(pipe: DiffusionPipeline, target: str | os.PathLike, **kwargs: Any) -> PruningPlan | StockRecord: ...
 
 
 def prune(
     pipe: DiffusionPipeline,
-    target: int | PruningPlan | str | os.PathLike,
+    target: int | PruningPlan | str | os.PathLike | None = None,
     *,
+    params: float | None = None,
+    macs: float | None = None,
+    latency: float | None = None,
+    method: str | None = None,
     scores: OperatorScores | str | os.PathLike | None = None,
     criterion: str | None = None,
     component: str | None = None,
+    fit: bool | str = False,
     **score_kwargs: Any,
-) -> PruningPlan:
+) -> PruningPlan | StockRecord:
     """Take the least important operators out of the pipeline, in place.
 
     Args:
-        target: how many operators to take out, exactly; or a `PruningPlan`, or the path of one.
+        target: how many operators to take out, exactly; or a `PruningPlan`, or the path of one; or the name of a hand-made
+            plan ("bk-sdm-small"; see `ld_pruner_hf.PRESETS`).
+        params, macs, latency: instead of `target`, the share to take away, at least: 0.3 for 30%. Parameters and MACs are
+            exact; latency is predicted from each operator's share of the time, then measured, with a warning if it falls short.
+        method: how a budget is met: "knapsack" (least total score; default) or "ratio" (score per unit saved, one by one).
         scores: scores to choose by, or their file; default: those of the last `score`, else the pipeline is scored first.
         criterion: formula to rank by; default: the one of the scores.
         component: which model; default: the one that denoises.
-        **score_kwargs: arguments of `score_operators`, if the pipeline is to be scored.
+        fit: fit the stand-ins in closed form (`fit_stand_ins`): True the 1x1 convolutions, "affine" identities and zeros too.
+        **score_kwargs: arguments of `score_operators`, if the pipeline is to be scored; of the runs for `fit`, too.
 
     Returns:
-        The plan as applied. It is also in the model's config, so `pipe.save_pretrained` keeps it.
+        The plan as applied; `plan.how["saved_as"]` says what the model became. A plan that a stock config can express makes
+        a stock diffusers model, which loads without this package; any other is kept in the model's config. For a hand-made
+        plan a `StockRecord`. The model stays the same object in all cases, and `pipe.save_pretrained` keeps what was done.
 
     Raises:
-        ValueError: k is no whole number, not positive, or more than can be taken out together.
+        ValueError: k is no whole number, not positive, or more than can be taken out together; no such preset, or one for
+            another architecture; a budget that cannot be met (the message says what can).
         PlanError: a plan or scores of another architecture, or a damaged file; the pipeline is then as it was.
 
     Example:
         >>> plan = pipe.prune(42)
         >>> pipe.save_pretrained("pruned")
     """
+    goals: dict[str, Any] = {"params": params, "macs": macs, "latency": latency, "method": method}
+    _check_together(target, goals, fit)
+    if isinstance(target, str) and target in PRESETS:
+        name = find_denoiser(pipe, component)
+        record = apply_preset_(component_of(pipe, name), target, name)
+        _forget_scores(pipe)
+        return record
     if isinstance(target, (str, os.PathLike)):
-        if not Path(target).is_file():
-            raise ValueError(
-                f"target: got {target!r}, expected a whole number of operators, a PruningPlan or the file of one"
-            )
-        target = PruningPlan.load(Path(target))
+        target = _load_plan(target)
     if isinstance(target, PruningPlan):
         plan = target
         name = component or plan.component or find_denoiser(pipe)
-        check_plan(_component(pipe, name), plan)
+        check_plan(component_of(pipe, name), plan)
     else:
-        plan = make_plan(pipe, target, scores=scores, criterion=criterion, component=component, **score_kwargs)
+        plan = make_plan(
+            pipe, target, **goals, scores=scores, criterion=criterion, component=component, **score_kwargs
+        )
         name = plan.component
-    applied_plan = prune_(_component(pipe, name), plan)
-    if hasattr(pipe, _LAST_SCORES):
-        delattr(pipe, _LAST_SCORES)
-    return applied_plan
+    return _apply_(pipe, name, plan, fit, latency, score_kwargs)
+
+
+def _apply_(
+    pipe: DiffusionPipeline,
+    name: str,
+    plan: PruningPlan,
+    fit: bool | str,
+    latency: float | None,
+    score_kwargs: dict[str, Any],
+) -> PruningPlan:
+    """Fit, apply, measure, and make a stock model of it where that is possible."""
+    fitted = None
+    if fit:
+        kwargs = {k: v for k, v in score_kwargs.items() if k not in SCORING_ONLY}
+        fitted = fit_stand_ins(pipe, replace(plan, component=name), affine=fit == "affine", **kwargs)
+        plan = fitted.plan
+    before = None if latency is None else _latency(pipe, name, score_kwargs)
+    done = prune_(component_of(pipe, name), plan)
+    if fitted is not None:
+        fitted.load_(component_of(pipe, name))
+    _forget_scores(pipe)
+    if latency is not None and before is not None:
+        done = _compare_latency(done, latency, before, _latency(pipe, name, score_kwargs))
+    return replace(done, how={**done.how, "saved_as": _simplify_(pipe, name, done, score_kwargs)})
+
+
+def _latency(pipe: DiffusionPipeline, name: str, score_kwargs: dict[str, Any]) -> float:
+    """Median time of one denoiser call in ms, after warm-up."""
+    model = component_of(pipe, name)
+    with preserved(pipe):
+        call = first_call(pipe, name, score_kwargs)
+        return measure_latency(lambda: run(model, call), device_of(model))[0]
+
+
+def _compare_latency(plan: PruningPlan, share: float, before: float, after: float) -> PruningPlan:
+    """The plan with what was measured; a warning where that is more than 5 percentage points short of the budget."""
+    gain = 1 - after / before
+    if gain < share - 0.05:
+        warnings.warn(
+            f"{100 * share:.1f}% of the latency were to go, {100 * plan.how['predicted']['latency']:.1f}% were predicted, "
+            f"{100 * gain:.1f}% went ({before:.1f} -> {after:.1f} ms): the device is busy, or its time is not spent in these "
+            "operators; ask for more, or score again on the idle device",
+            stacklevel=5,
+        )
+    measured = {"latency": round(gain, 4), "before_ms": round(before, 3), "after_ms": round(after, 3)}
+    return replace(plan, how={**plan.how, "measured": measured})
+
+
+def _check_together(target: Any, goals: dict[str, Any], fit: bool | str) -> None:
+    if fit not in (False, True, "affine"):
+        raise ValueError(f"fit: got {fit!r}, expected False, True or 'affine'")
+    if isinstance(target, (str, os.PathLike, PruningPlan)):
+        extra = [k for k, v in goals.items() if v is not None]
+        if fit and isinstance(target, str) and target in PRESETS:
+            extra.append("fit")
+        if extra:
+            raise ValueError(f"prune: {extra} cannot go together with a plan or preset; leave out one of them")
+
+
+def _simplify_(pipe: DiffusionPipeline, name: str, plan: PruningPlan, score_kwargs: dict[str, Any]) -> str:
+    """Make the pruned model a stock one if a stock config can express it; says which kind it became."""
+    model: Any = component_of(pipe, name)
+    kind, record, why = type(model).__name__, None, ""
+    has_config = isinstance(model, ConfigMixin)
+    if has_config and any(True for _ in stock_candidates(model, plan_of(model) or plan)):
+        try:
+            with preserved(pipe):
+                record = to_stock_(model, first_call(pipe, name, score_kwargs), name)
+        except ValueError as error:  # the pipeline cannot be called without the user's images, say
+            why = f"; not tried as a stock config: {error}"
+    if record is None:
+        return f"{kind} with its plan in the config: import ld_pruner_hf before loading{why}"
+    entries = ", ".join(f"{k}={v}" for k, v in record.config.items())
+    return f"stock {kind} ({entries}): loads with plain diffusers"
+
+
+def _forget_scores(pipe: DiffusionPipeline) -> None:
+    """Scores are of the model as it was."""
+    if hasattr(pipe, LAST_SCORES):
+        delattr(pipe, LAST_SCORES)
+
+
+def _load_plan(target: str | os.PathLike) -> PruningPlan:
+    path = Path(target)
+    if not path.is_file():
+        raise ValueError(
+            f"target: got {target!r}, expected a whole number of operators, a PruningPlan or the file of one, or the name of a "
+            f"hand-made plan ({', '.join(PRESETS)})"
+        )
+    return PruningPlan.load(path)
 
 
 def profile(
@@ -162,42 +216,15 @@ def profile(
         return profile_call(model, denoiser_call, per_operator=per_operator, repeats=repeats)
 
 
-def _component(pipe: DiffusionPipeline, name: str) -> nn.Module:
-    model = getattr(pipe, find_denoiser(pipe, name))
-    refuse_wrapped(model)
-    return model
-
-
-def _fits(pipe: DiffusionPipeline, scores: OperatorScores) -> bool:
-    return architecture_of(_component(pipe, scores.component)) == scores.architecture
-
-
-def _check_reachable(pipe: DiffusionPipeline, k: int, component: str | None, score_kwargs: dict[str, Any]) -> None:
-    """Raise ValueError before the long scoring if fewer than k operators can be taken out together."""
-    filters = {
-        name: score_kwargs[name] for name in ("include", "exclude", "kinds", "standins") if name in score_kwargs
-    }
-    call = make_conditions(pipe, score_kwargs.get("conditions"), _call_arguments(score_kwargs))[0]
-    operators = find_operators(
-        pipe, component=component, trial=False, latency=False, progress=False, **filters, **call
-    )
-    candidates = [o.path for o in operators if o.is_candidate]
-    check_k(k, len(innermost(candidates)))
-
-
-def _call_arguments(score_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `score`'s arguments that go on to the pipeline's call."""
-    own = inspect.signature(score_operators).parameters
-    return {name: value for name, value in score_kwargs.items() if name not in own}
-
-
 class LDPrunerMixin:
     """The methods that `import ld_pruner_hf` gives every `DiffusionPipeline`."""
 
     def score(self: Any, conditions: Any = None, **kwargs: Any) -> OperatorScores:
         return score(self, conditions, **kwargs)
 
-    def prune(self: Any, target: int | PruningPlan | str | os.PathLike, **kwargs: Any) -> PruningPlan:
+    def prune(
+        self: Any, target: int | PruningPlan | str | os.PathLike | None = None, **kwargs: Any
+    ) -> PruningPlan | StockRecord:
         return prune(self, target, **kwargs)
 
     def profile(self: Any, **kwargs: Any) -> Profile:

@@ -12,7 +12,7 @@ from typing import Any
 PLAN_FORMAT = "ld_pruner_hf.plan"
 FORMAT_VERSION = 1
 
-RULES = ("identity", "zero", "adapt")
+RULES = ("identity", "zero", "adapt", "affine")
 
 
 class PlanError(ValueError):
@@ -67,7 +67,8 @@ class OutputRule:
         argument: name of the operator's argument that is read; a number for the i-th of its `*args`.
         position: where that argument stands when it is passed by position.
         index: which tensor inside the argument, for arguments that are (nested) tuples.
-        rule: `identity` passes it on, `zero` returns zeros of the output's shape, `adapt` changes channels or size.
+        rule: `identity` passes it on, `zero` returns zeros of the output's shape, `adapt` changes channels or size,
+            `affine` scales and shifts each channel.
         channel_dim: dimension that holds channels.
         in_channels, out_channels: sizes of that dimension; equal where the rule keeps them.
         factors: per remaining dimension behind the batch, in order: 1 keeps the size, +n upscales n times, -n pools n to 1.
@@ -243,6 +244,24 @@ class Modification:
 
 
 @dataclass(frozen=True)
+class PlanDiff:
+    """What distinguishes one plan from another: operators that only one of them replaces, or both, differently."""
+
+    only_self: tuple[Modification, ...]
+    only_other: tuple[Modification, ...]
+    changed: tuple[tuple[Modification, Modification], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.only_self or self.only_other or self.changed)
+
+    def __str__(self) -> str:
+        lines = [f"- {m.path}  {m.kind} -> {m.stand_in.name}" for m in self.only_self]
+        lines += [f"+ {m.path}  {m.kind} -> {m.stand_in.name}" for m in self.only_other]
+        lines += [f"! {a.path}  {a.kind} -> {a.stand_in.name}, not {b.stand_in.name}" for a, b in self.changed]
+        return "\n".join(lines) or "the same operators and stand-ins"
+
+
+@dataclass(frozen=True)
 class PruningPlan:
     """Which operators of one denoiser are replaced, and by what. A few kB of JSON that fits every sibling fine-tune.
 
@@ -293,6 +312,59 @@ class PruningPlan:
     def with_modifications(self, modifications: Iterable[Modification], **how: Any) -> PruningPlan:
         return replace(self, modifications=tuple(modifications), how={**self.how, **how})
 
+    def _check_sibling(self, other: PruningPlan, verb: str) -> None:
+        mine, theirs = (self.model_class, self.architecture), (other.model_class, other.architecture)
+        if all(a == b or not a or not b for a, b in zip(mine, theirs, strict=True)):
+            return
+        raise PlanError(
+            f"plans to {verb}: one is for {mine}, the other for {theirs}; expected the same class and architecture"
+        )
+
+    def merge(self, other: PruningPlan, prefer: str | None = None) -> PruningPlan:
+        """One plan that does what both do: of nested operators only the outer ones are kept.
+
+        Args:
+            prefer: "self" or "other": whose stand-in is taken where both replace the same operator differently.
+
+        Raises:
+            PlanError: the plans are for different architectures, or differ at an operator and `prefer` is None.
+        """
+        self._check_sibling(other, "merge")
+        if prefer not in (None, "self", "other"):
+            raise PlanError(f"prefer: got {prefer!r}, expected 'self', 'other' or None")
+        mine, theirs = {m.path: m for m in self}, {m.path: m for m in other}
+        differ = [p for p in mine if p in theirs and mine[p].stand_in != theirs[p].stand_in]
+        if differ and prefer is None:
+            names = ", ".join(f"{p} ({mine[p].stand_in.name} or {theirs[p].stand_in.name})" for p in differ[:3])
+            raise PlanError(
+                f"plans to merge: {len(differ)} operators have two stand-ins: {names}; say prefer='self' or 'other'"
+            )
+        both = (
+            {**mine, **theirs} if prefer == "other" else {**mine, **{p: m for p, m in theirs.items() if p not in mine}}
+        )
+        kept = (m for m in both.values() if not any(is_inside(m.path, p) for p in both))
+        return replace(
+            self, component=self.component or other.component, model_class=self.model_class or other.model_class,
+            architecture=self.architecture or other.architecture, modifications=tuple(kept),
+            params_before=self.params_before or other.params_before, how={"merged": [self.how, other.how]},
+        )  # fmt: skip
+
+    def diff(self, other: PruningPlan) -> PlanDiff:
+        """What distinguishes two plans for the same architecture; falsy if they do the same.
+
+        Raises:
+            PlanError: the plans are for different architectures.
+        """
+        self._check_sibling(other, "compare")
+        mine, theirs = {m.path: m for m in self}, {m.path: m for m in other}
+        return PlanDiff(
+            only_self=tuple(m for m in self if m.path not in theirs),
+            only_other=tuple(m for m in other if m.path not in mine),
+            changed=tuple(
+                (m, theirs[m.path]) for m in self if m.path in theirs and m.stand_in != theirs[m.path].stand_in
+            ),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "format": PLAN_FORMAT,
@@ -336,4 +408,6 @@ class PruningPlan:
         for m in self.modifications:
             score = "" if m.score is None else f"  score {m.score:.4g}"
             lines.append(f"  {m.path:<{width}}  {m.kind} -> {m.stand_in.name}{score}")
+        if "saved_as" in self.how:
+            lines.append(f"saved as a {self.how['saved_as']}")
         return "\n".join(lines)

@@ -58,11 +58,17 @@ class Adapter(nn.Module):
             -1, self.rule.channel_dim
         )
 
-    def forward(self, x: torch.Tensor, size: tuple[int, ...] | None = None) -> torch.Tensor:
+    def shrink(self, x: torch.Tensor) -> torch.Tensor:
+        """The input as the convolution sees it: pooled, where the operator makes its output smaller."""
         factors = self.rule.factors
         if any(f < 0 for f in factors):
             pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(factors)]
             x = pool(x, kernel_size=tuple(-f if f < 0 else 1 for f in factors), ceil_mode=True)
+        return x
+
+    def forward(self, x: torch.Tensor, size: tuple[int, ...] | None = None) -> torch.Tensor:
+        factors = self.rule.factors
+        x = self.shrink(x)
         if self.rule.changes_channels:
             x = self._mix_channels(x)
         if any(f > 1 for f in factors):
@@ -76,6 +82,24 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.rule.name}, {self.rule.in_channels} -> {self.rule.out_channels}, factors={self.rule.factors}"
+
+
+class Affine(nn.Module):
+    """Scales and shifts each channel; starts as the identity. What `fitting` makes of identities and zeros."""
+
+    def __init__(self, rule: OutputRule) -> None:
+        super().__init__()
+        self.rule = rule
+        self.weight = nn.Parameter(torch.ones(rule.out_channels))
+        self.bias = nn.Parameter(torch.zeros(rule.out_channels))
+
+    def forward(self, x: torch.Tensor, size: tuple[int, ...] | None = None) -> torch.Tensor:
+        shape = [1] * x.ndim
+        shape[self.rule.channel_dim] = -1
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+
+_LEARNED: dict[str, type[Adapter] | type[Affine]] = {"adapt": Adapter, "affine": Affine}
 
 
 def zeros_like_output(rule: OutputRule, x: torch.Tensor, size: tuple[int, ...] | None) -> torch.Tensor:
@@ -99,7 +123,9 @@ class StandIn(nn.Module):
     def __init__(self, spec: StandInSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.adapters = nn.ModuleDict({str(i): Adapter(r) for i, r in enumerate(spec.rules) if r.rule == "adapt"})
+        self.adapters = nn.ModuleDict(
+            {str(i): _LEARNED[r.rule](r) for i, r in enumerate(spec.rules) if r.rule in _LEARNED}
+        )
 
     def _output(self, i: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         rule = self.spec.rules[i]
@@ -129,6 +155,8 @@ def stand_in_cost(spec: StandInSpec, output_shapes: Sequence[Sequence[int]]) -> 
     """(params, MACs per sample and call) of a stand-in whose outputs have these shapes; batch is the first dimension."""
     params = macs = 0
     for rule, shape in zip(spec.rules, output_shapes, strict=True):
+        if rule.rule == "affine":
+            params += 2 * rule.out_channels
         if rule.rule == "adapt" and rule.changes_channels:
             params += rule.in_channels * rule.out_channels + rule.out_channels
             elements = 1

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Container, Iterable, Sequence
+
+import numpy as np
+
 from .plan import is_inside
 from .scores import OperatorScore, OperatorScores
+
+SAVINGS: dict[str, Callable[[OperatorScore], float]] = {
+    "params": lambda row: row.params_removed,
+    "macs": lambda row: row.macs_removed,
+    "latency": lambda row: row.latency_share or 0.0,
+}
+"""unit -> what replacing the operator saves: parameters, MACs per sample and call, or a share (0 to 1) of the call's time.
+
+The time of the stand-in itself is not known before it is measured and is left out."""
 
 
 def innermost(paths: list[str]) -> list[str]:
@@ -69,3 +83,168 @@ def _competing(ranked: list[OperatorScore], k: int) -> list[OperatorScore]:
 
 def _count_inside(paths: set[str], ancestor: str) -> int:
     return sum(is_inside(path, ancestor) for path in paths)
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def _usable(
+    scores: OperatorScores, unit: str, criterion: str | None
+) -> tuple[list[OperatorScore], list[float], list[float]]:
+    """(rows, savings, scores) of the rows that save something; several rows of one path are its stand-ins."""
+    if unit not in SAVINGS:
+        raise ValueError(f"budget: got unit {unit!r}, expected one of {list(SAVINGS)}")
+    if unit == "latency" and all(row.latency_share is None for row in scores):
+        raise ValueError(
+            "budget: the scores hold no latency (they were made on `meta`); score on a real device, or use macs"
+        )
+    rows = [
+        r
+        for r in scores
+        if r.error is None and SAVINGS[unit](r) > 0 and math.isfinite(r.score(criterion or scores.criterion))
+    ]
+    return rows, [SAVINGS[unit](r) for r in rows], [r.score(criterion or scores.criterion) for r in rows]
+
+
+def _ancestors(path: str, among: Container[str]) -> list[str]:
+    """Those of `among` that enclose `path`, outermost first."""
+    parts = path.split(".")
+    return [p for p in (".".join(parts[:i]) for i in range(1, len(parts))) if p in among]
+
+
+def _largest(rows: Sequence[OperatorScore], savings: Sequence[float], fixed: Iterable[int] = ()) -> float:
+    """The largest saving of rows that do not nest; nothing is taken inside the rows `fixed`, but a block may replace them."""
+    own: dict[str, float] = {}
+    for row, saving in zip(rows, savings, strict=True):
+        own[row.path] = max(own.get(row.path, 0.0), saving)
+    held = {rows[i].path: savings[i] for i in fixed}
+    inside = dict.fromkeys(own, 0.0)
+    total = 0.0
+    for path in sorted(own, key=lambda p: -p.count(".")):  # innermost first
+        best = held[path] if path in held else max(own[path], inside[path])
+        parents = _ancestors(path, own)
+        if parents:
+            inside[parents[-1]] += best
+        else:
+            total += best
+    return total
+
+
+def largest_saving(scores: OperatorScores, unit: str) -> float:
+    """The most that can be saved by replacing operators that do not lie inside each other; in units of `SAVINGS`."""
+    rows, savings, _ = _usable(scores, unit, None)
+    return _largest(rows, savings)
+
+
+def _check_target(unit: str, target: float, largest: float) -> None:
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not math.isfinite(target) or target <= 0:
+        raise ValueError(f"budget: got {target!r} {unit} to save, expected a positive number")
+    if target > largest:
+        raise ValueError(
+            f"budget: {_amount(unit, target)} cannot be saved; the largest reachable saving is {_amount(unit, largest)} "
+            "(all scored operators that do not nest). Ask for less, or score more operators"
+        )
+
+
+def _amount(unit: str, value: float) -> str:
+    return f"{100 * value:.2f}% of the latency" if unit == "latency" else f"{value:,.0f} {unit}"
+
+
+def _in_order(scores: OperatorScores, chosen: Iterable[OperatorScore]) -> list[OperatorScore]:
+    order = {row.key: i for i, row in enumerate(scores.rows)}
+    return sorted(chosen, key=lambda row: order[row.key])
+
+
+def knapsack(scores: OperatorScores, unit: str, target: float, criterion: str | None = None) -> list[OperatorScore]:
+    """The operators and stand-ins of least total score that together save at least `target`; none inside another.
+
+    A 0-1 knapsack (LAPTOP-Diff, section 3.2) with several stand-ins per operator and nested operators, solved exactly as
+    an integer programme. It takes the damage of several operators for the sum of their single damages.
+
+    Args:
+        unit: "params", "macs" or "latency". target: what to save: parameters, MACs per sample and call, or a share of the time.
+        criterion: formula; default: the one of the scores.
+
+    Returns:
+        Rows in the order of the model's modules.
+
+    Raises:
+        ValueError: unknown unit, or a target that cannot be reached (the message says what can).
+        ImportError: scipy is not installed.
+    """
+    try:
+        from scipy.optimize import Bounds, LinearConstraint, milp
+    except ImportError as error:
+        raise ImportError(
+            "method 'knapsack' needs scipy: pip install 'ld_pruner_hf[select]', or use method='ratio'"
+        ) from error
+    rows, savings, damages = _usable(scores, unit, criterion)
+    _check_target(unit, target, _largest(rows, savings))
+    at: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        at.setdefault(row.path, []).append(i)
+    innermost_paths = [p for p in at if not any(is_inside(q, p) for q in at)]
+    chains = np.zeros((len(innermost_paths), len(rows)))  # along each line of nested operators at most one is taken
+    for line, path in enumerate(innermost_paths):
+        for p in (path, *_ancestors(path, at)):
+            chains[line, at[p]] = 1
+    # Scaled so that the solver's absolute tolerances mean nothing: damage to 1e6, saving to 1.
+    cost = np.array(damages) * (1e6 / max(max(map(abs, damages)), 1e-300))
+    weights = np.array(savings) / target
+    margin = 0.0
+    while margin < 1e-3:
+        result = milp(
+            cost, integrality=np.ones(len(rows)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0},
+            constraints=[LinearConstraint(weights, 1 + margin, np.inf), LinearConstraint(chains, -np.inf, 1)],
+        )  # fmt: skip
+        if result.x is None:
+            break
+        chosen = [i for i, x in enumerate(result.x) if x > 0.5]
+        if math.fsum(savings[i] for i in chosen) >= target:
+            return _in_order(scores, [rows[i] for i in chosen])
+        margin = max(2 * margin, 1e-6)  # the solver took a hair less than the target for enough
+    return ratio(
+        scores, unit, target, criterion
+    )  # so close to the largest saving that only exact arithmetic reaches it
+
+
+def ratio(scores: OperatorScores, unit: str, target: float, criterion: str | None = None) -> list[OperatorScore]:
+    """Operators and stand-ins taken one by one by least score per unit saved, until `target` is saved; needs no solver.
+
+    Taking a block makes those already taken inside it moot; its score and saving then count less theirs. What is not needed
+    in the end is given back, highest score first. Arguments, result and ValueError as for `knapsack`.
+    """
+    rows, savings, damages = _usable(scores, unit, criterion)
+    _check_target(unit, target, _largest(rows, savings))
+    inside: dict[str, set[str]] = {row.path: set() for row in rows}
+    for path in inside:
+        for p in _ancestors(path, inside):
+            inside[p].add(path)
+    chosen: dict[str, int] = {}
+    barred: set[int] = set()
+    while math.fsum(savings[i] for i in chosen.values()) < target:
+        best, best_moot, best_price = -1, [], math.inf
+        covered = {q for p in chosen for q in inside[p]}
+        for i, row in enumerate(rows):
+            if i in barred or row.path in covered:
+                continue
+            moot = [p for p in (row.path, *inside[row.path]) if p in chosen]
+            saved = savings[i] - math.fsum(savings[chosen[p]] for p in moot)
+            price = (damages[i] - math.fsum(damages[chosen[p]] for p in moot)) / saved if saved > 0 else math.inf
+            if price < best_price:
+                best, best_moot, best_price = i, moot, price
+        if best < 0:  # all is taken; only the rounding of a sum of shares is missing
+            break
+        kept = {p: i for p, i in chosen.items() if p not in best_moot} | {rows[best].path: best}
+        if _largest(rows, savings, kept.values()) < target * (1 - 1e-12):  # with it the target would be out of reach
+            barred.add(best)
+            continue
+        chosen = kept
+    for path, i in sorted(chosen.items(), key=lambda item: -damages[item[1]]):
+        if damages[i] > 0 and math.fsum(savings[j] for p, j in chosen.items() if p != path) >= target:
+            del chosen[path]
+    return _in_order(scores, [rows[i] for i in chosen.values()])
+
+
+METHODS = {"knapsack": knapsack, "ratio": ratio}
+"""How a budget is met."""

@@ -16,12 +16,13 @@ LEVELS = {
     "scores": 1, "replacements": 1, "latents": 1,
     "surgery": 2, "selection": 2,
     "profiling": 3, "modeling": 3,
-    "operators": 4,
-    "scoring": 5,
-    "pipeline": 6, "report": 6,
-    "demo.job": 7,
-    "cli": 8,
-    "__init__": 9, "__main__": 9,
+    "operators": 4, "stock": 4, "fitting": 4,
+    "scoring": 5, "presets": 5,
+    "planning": 6, "report": 6,
+    "pipeline": 7,
+    "demo.job": 8,
+    "cli": 9,
+    "__init__": 10, "__main__": 10,
 }  # fmt: skip
 
 

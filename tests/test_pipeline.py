@@ -67,7 +67,7 @@ def test_prune_takes_out_exactly_k(pipe, scores, limit, k):
     assert sorted(stand_ins(pipe.unet)) == sorted(plan.paths)
     assert not any(is_inside(a, b) for a in plan.paths for b in plan.paths)
     assert count_params(pipe.unet) == before - plan.params_removed and plan.params_before == before
-    assert plan_of(pipe.unet) == plan
+    assert plan_of(pipe.unet).modifications == plan.modifications
     assert torch.isfinite(latents(pipe)).all()
 
 
@@ -162,7 +162,7 @@ def test_scores_from_a_file(pipe, scores, tmp_path):
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [0, -3, True, False, 2.5, None, 3.0])
+@pytest.mark.parametrize("k", [0, -3, True, False, 2.5, 3.0])
 def test_k_that_is_no_positive_whole_number(pipe, monkeypatch, k):
     forbid_calls(monkeypatch, pipe)
     with pytest.raises(ValueError, match=f"k: got {k}, expected"):
@@ -175,6 +175,8 @@ def test_k_as_text_is_no_number(pipe, monkeypatch):
         ValueError, match="target: got '3', expected a whole number of operators, a PruningPlan or the file"
     ):
         pipe.prune("3")
+    with pytest.raises(ValueError, match="got no goal, expected one of a number of operators, params="):
+        pipe.prune()
 
 
 def test_k_above_the_limit_says_how_many_before_scoring(pipe, scores, limit, monkeypatch):

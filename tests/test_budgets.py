@@ -1,0 +1,144 @@
+"""pipe.prune(params=0.3) and its like, on the shipped pipeline: budgets are met by what is measured afterwards."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from ld_pruner_hf import demo, score_operators
+from ld_pruner_hf.latents import final_latents, preserved, record_call
+from ld_pruner_hf.profiling import count_macs
+
+KINDS = ["ResnetBlock2D", "Transformer2DModel", "UNetMidBlock2DCrossAttn", "FeedForward"]
+SETTINGS = {"conditions": ["red heart", "rocket"], "num_inference_steps": 1, "seeds": 1}
+
+
+def emoji():
+    pipe = demo.load("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return score_operators(emoji(), kinds=KINDS, **SETTINGS)
+
+
+def macs_of(pipe) -> int:
+    with preserved(pipe):
+        return count_macs(pipe.unet, record_call(pipe, "unet", {"prompt": "red heart", "num_inference_steps": 2}))[0][
+            ""
+        ]
+
+
+@pytest.mark.parametrize("method", ["knapsack", "ratio"])
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
+def test_params_are_met_exactly(scores, method, share):
+    pipe = emoji()
+    before = pipe.unet.num_parameters()
+    plan = pipe.prune(params=share, method=method, scores=scores)
+    after = pipe.unet.num_parameters()
+    assert after <= (1 - share) * before
+    assert plan.params_removed == before - after == round(plan.how["predicted"]["params"] * before)
+    assert plan.how["budget"] == {"params": share} and plan.how["method"] == method
+    assert torch.isfinite(draw(pipe)).all()
+
+
+def draw(pipe) -> torch.Tensor:
+    with preserved(pipe):
+        return final_latents(pipe, {"prompt": "red heart", "num_inference_steps": 2}, [0])
+
+
+def test_macs_are_met_as_measured(scores):
+    pipe = emoji()
+    before = macs_of(pipe)
+    plan = pipe.prune(macs=0.35, scores=scores)
+    assert macs_of(pipe) <= 0.65 * before
+    assert macs_of(pipe) == pytest.approx((1 - plan.how["predicted"]["macs"]) * before, rel=1e-3)
+
+
+def test_latency_is_predicted_from_shares_and_measured(scores, monkeypatch):
+    measured = iter([(100.0, 1.0), (78.0, 1.0)])
+    monkeypatch.setattr("ld_pruner_hf.pipeline.measure_latency", lambda fn, device: (fn(), next(measured))[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        plan = emoji().prune(latency=0.2, scores=scores)
+    shares = {o.path: o.latency_share for o in scores}
+    assert sum(shares[p] for p in plan.paths) == pytest.approx(plan.how["predicted"]["latency"])
+    assert plan.how["predicted"]["latency"] >= 0.2
+    assert plan.how["measured"] == {"latency": 0.22, "before_ms": 100.0, "after_ms": 78.0}
+
+
+def test_a_missed_latency_is_said(scores, monkeypatch):
+    measured = iter([(100.0, 1.0), (86.0, 1.0)])
+    monkeypatch.setattr("ld_pruner_hf.pipeline.measure_latency", lambda fn, device: next(measured))
+    with pytest.warns(UserWarning, match=r"20\.0% of the latency were to go.*14\.0% went.*100\.0 -> 86\.0 ms"):
+        emoji().prune(latency=0.2, scores=scores)
+
+
+def test_latency_really_falls(scores):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the machine may be busy with other work
+        plan = emoji().prune(latency=0.5, scores=scores)
+    assert plan.how["measured"]["latency"] > 0.15
+
+
+def test_the_knapsack_is_no_worse_than_the_greedy_choice(scores):
+    def damage(method: str) -> float:
+        return sum(m.score for m in emoji().prune(macs=0.4, method=method, scores=scores))
+
+    assert damage("knapsack") <= damage("ratio") + 1e-9
+
+
+def test_fit_lowers_the_damage_of_the_same_budget(scores):
+    moved = {}
+    original = draw(emoji())
+    for fit in (False, True, "affine"):
+        pipe = emoji()
+        plan = pipe.prune(params=0.3, scores=scores, fit=fit, **(SETTINGS if fit else {}))
+        assert ("affine" in {part for m in plan for part in m.stand_in.name.split("+")}) == (fit == "affine")
+        moved[fit] = (draw(pipe) - original).norm().item()
+    assert moved[True] <= moved[False] and moved["affine"] != moved[False]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((), {}, "no goal, expected one of"),
+        ((3,), {"params": 0.3}, r"got \['k', 'params'\]"),
+        ((), {"params": 0.3, "macs": 0.3}, r"got \['params', 'macs'\]"),
+        ((), {"params": 30}, "params: got 30, expected the share to take away"),
+        ((), {"latency": 0}, "latency: got 0"),
+        ((), {"macs": True}, "macs: got True"),
+        ((), {"params": 0.3, "method": "top-k"}, r"got 'top-k', expected one of \['knapsack', 'ratio'\] for params="),
+        ((3,), {"method": "knapsack"}, r"expected one of \['top-k'\] for a number of operators"),
+        (("bk-sdm-base",), {"params": 0.3}, "cannot go together with a plan or preset"),
+        (("bk-sdm-base",), {"fit": True}, "cannot go together"),
+        ((3,), {"fit": "all"}, "fit: got 'all'"),
+        ((), {"params": 0.99}, r"params cannot be saved; the largest reachable saving is [\d,]+ params"),
+    ],
+)
+def test_goals_that_cannot_be(scores, args, kwargs, message):
+    pipe = emoji()
+    before = pipe.unet.num_parameters()
+    with pytest.raises(ValueError, match=message):
+        pipe.prune(*args, **kwargs, scores=scores)
+    assert pipe.unet.num_parameters() == before
+
+
+def test_scores_are_made_if_there_are_none():
+    pipe = emoji()
+    plan = pipe.prune(params=0.05, kinds=["UNetMidBlock2DCrossAttn"], **SETTINGS)
+    assert plan.paths == ["mid_block"]
+    assert "mid_block_type=None" in plan.how["saved_as"]
+
+
+def test_a_given_plan_can_be_fitted(scores):
+    pipe = emoji()
+    plan = pipe.prune(params=0.3, scores=scores)
+    again = emoji()
+    assert not plan.diff(again.prune(plan, fit=True, **SETTINGS))
+    different = [k for k, v in again.unet.state_dict().items() if not torch.equal(v, pipe.unet.state_dict()[k])]
+    assert different and all(".adapters." in k for k in different)
