@@ -16,14 +16,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		{ echo "ld_pruner_hf needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plot,train,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[select,plot,train,dev]'
 	@touch $@
 
 demo: env
 	$(BIN)/ld-pruner demo --output $(OUT)
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: env
 	$(BIN)/ruff check .
