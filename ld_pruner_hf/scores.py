@@ -16,6 +16,7 @@ from .plan import FORMAT_VERSION, PlanError, StandInSpec, check_format, read_jso
 
 SCORES_FORMAT = "ld_pruner_hf.scores"
 DOCUMENT_FORMAT = "ld_pruner_hf.scores_document"
+END = "end_of_run"
 
 CRITERIA = {
     "latent-shift": lambda avg, std: avg + std,  # LD-Pruner, equation 7
@@ -134,7 +135,7 @@ class OperatorScores:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write all rows as JSON lines, the header first: the format that `pipe.score(resume_from=...)` writes."""
-        lines = [json.dumps(self.header()), *(json.dumps(row.to_dict()) for row in self.rows)]
+        lines = [json.dumps(line) for line in (self.header(), *(row.to_dict() for row in self.rows), {END: True})]
         write_atomically(path, "\n".join(lines) + "\n")
 
     def to_json(self, path: str | os.PathLike) -> None:
@@ -153,8 +154,9 @@ class OperatorScores:
             header = read_json(path, DOCUMENT_FORMAT)
             rows = _rows(header.get("rows"), str(path))
         else:
-            header, rows, good = read_rows(path)
-            if good < Path(path).stat().st_size:
+            file = read_rows(path)
+            header, rows = file.header, file.rows
+            if not file.complete:
                 raise PlanError(
                     f"{path}: breaks off after {len(rows)} rows; finish it with pipe.score(resume_from={str(path)!r})"
                 )
@@ -218,8 +220,18 @@ def _rows(data: Any, where: str) -> list[OperatorScore]:
     return [OperatorScore.from_dict(row) for row in data]
 
 
-def read_rows(path: str | os.PathLike) -> tuple[dict[str, Any], list[OperatorScore], int]:
-    """(header, rows, bytes that are good) of a file of scores; a last line without its end was cut off by a kill."""
+@dataclass(frozen=True)
+class ScoreFile:
+    """What a file of score rows holds: `good_bytes` end with its last whole line, `complete` says that a run ended there."""
+
+    header: dict[str, Any]
+    rows: list[OperatorScore]
+    good_bytes: int
+    complete: bool
+
+
+def read_rows(path: str | os.PathLike) -> ScoreFile:
+    """Read a file of score rows; a last line without its end was cut off by a kill and is left out."""
     path = Path(path)
     if not path.is_file():
         raise PlanError(f"{path}: no such file of scores; make one with pipe.score(resume_from=...)")
@@ -241,11 +253,13 @@ def read_rows(path: str | os.PathLike) -> tuple[dict[str, Any], list[OperatorSco
     header = check_format(parsed[0], SCORES_FORMAT, str(path))
     rows = []
     for number, row in enumerate(parsed[1:], 2):
+        if END in row:
+            continue
         try:
             rows.append(OperatorScore.from_dict(row))
         except PlanError as error:
             raise PlanError(f"{path}, line {number}: {error}; the file is damaged, score again") from error
-    return header, rows, good
+    return ScoreFile(header, rows, good, complete=good == len(data) and END in parsed[-1])
 
 
 class RowFile:
@@ -254,31 +268,43 @@ class RowFile:
     def __init__(self, path: str | os.PathLike | None, header: dict[str, Any]) -> None:
         self.path = None if path is None else Path(path)
         self.found: dict[tuple[str, str], OperatorScore] = {}
+        self._complete = False
         if self.path is None:
             return
         if not self.path.exists() or not self.path.stat().st_size:
             write_atomically(self.path, json.dumps(header) + "\n")
             return
-        old, rows, good = read_rows(self.path)
+        old = read_rows(self.path)
         ignored = ("criterion",)
-        differ = [k for k in header if k not in ignored and json.loads(json.dumps(header[k])) != old.get(k)]
+        differ = [k for k in header if k not in ignored and json.loads(json.dumps(header[k])) != old.header.get(k)]
         if differ:
             what = "; ".join(
-                f"{k}: file has {_short(old.get(k), header[k])}, this run {_short(header[k], old.get(k))}"
+                f"{k}: file has {_short(old.header.get(k), header[k])}, this run {_short(header[k], old.header.get(k))}"
                 for k in differ
             )
             raise PlanError(
                 f"{self.path}: made by another run ({what}); pass the same model and settings, or another file"
             )
         with open(self.path, "r+b") as file:
-            file.truncate(good)
-        self.found = {row.key: row for row in rows}
+            file.truncate(old.good_bytes)
+        self.found = {row.key: row for row in old.rows}
+        self._complete = old.complete
 
     def append(self, row: OperatorScore) -> None:
+        self._write(row.to_dict())
+        self._complete = False
+
+    def end(self) -> None:
+        """Note that the run is complete, so that `OperatorScores.load` takes the file."""
+        if not self._complete:
+            self._write({END: True})
+            self._complete = True
+
+    def _write(self, line: dict[str, Any]) -> None:
         if self.path is None:
             return
         with open(self.path, "ab") as file:
-            file.write(json.dumps(row.to_dict()).encode() + b"\n")
+            file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -206,6 +206,7 @@ def _measure(
             rows.append(row)
             found[row.key] = row
             bar.update()
+    rows.end()
     return [found[o.path, s.name] for o, s in todo]
 
 

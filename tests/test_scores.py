@@ -119,14 +119,15 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(PlanError, match="no such file of scores"):
         OperatorScores.load(path)
     scores(row("a"), row("b")).save(path)
-    header, first, second = path.read_text().splitlines()
+    header, first, second, end = path.read_text().splitlines()
+    assert json.loads(end) == {"end_of_run": True}
     for lines, message in [
         ([header[:30]], "line 1: not readable"),
         (["{}", first], "got format None"),
         ([header, first[:50], second], "line 2: not readable"),
         ([header, first, "[]"], "line 3: got list"),
         ([header, '{"path": "a"}'], "line 2: .*the file is damaged"),
-        ([json.dumps({"format": "ld_pruner_hf.scores", "version": 1}), first], "no complete file of scores"),
+        ([json.dumps({"format": "ld_pruner_hf.scores", "version": 1}), first, end], "no complete file of scores"),
     ]:
         path.write_text("\n".join(lines) + "\n")
         with pytest.raises(PlanError, match=message):
@@ -139,10 +140,12 @@ def test_damaged_files_are_refused(tmp_path):
 def test_a_file_broken_off_inside_a_line_is_no_finished_table(tmp_path):
     path = tmp_path / "scores.jsonl"
     scores(row("a"), row("b")).save(path)
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(PlanError, match="breaks off after 1 rows"):
-        OperatorScores.load(path)
-    assert [r.path for r in read_rows(path)[1]] == ["a"]
+    whole = path.read_bytes().splitlines(keepends=True)
+    for content, left in [(b"".join(whole[:3])[:-7], ["a"]), (b"".join(whole[:3]), ["a", "b"])]:
+        path.write_bytes(content)  # inside a line; between two rows
+        with pytest.raises(PlanError, match=f"breaks off after {len(left)} rows"):
+            OperatorScores.load(path)
+        assert [r.path for r in read_rows(path).rows] == left
 
 
 def test_row_file_grows_row_by_row_and_is_taken_up_again(tmp_path):
@@ -151,13 +154,18 @@ def test_row_file_grows_row_by_row_and_is_taken_up_again(tmp_path):
     file = RowFile(path, header)
     assert file.found == {}
     file.append(row("a"))
+    file.end()
     assert OperatorScores.load(path).rows == (row("a"),)
     file.append(row("b"))
     path.write_bytes(path.read_bytes()[:-3])
     again = RowFile(path, header)
     assert list(again.found) == [("a", "identity")], "the row that was cut off counts as not measured"
     again.append(row("c"))
+    again.end()
     assert [r.path for r in OperatorScores.load(path)] == ["a", "c"], "the cut row must not spoil the next one"
+    whole = path.read_bytes()
+    RowFile(path, header).end()
+    assert path.read_bytes() == whole, "a complete file is left as it is"
 
 
 def test_row_file_of_another_run_is_refused_and_left_as_it_is(tmp_path):

@@ -395,7 +395,8 @@ def test_a_killed_run_goes_on_where_it_was(pipe, tmp_path, monkeypatch):
     finally:
         process.kill()
         process.stderr.close()
-    assert len(OperatorScores.load(path)) == 5
+    with pytest.raises(PlanError, match="breaks off after 5 rows"):
+        OperatorScores.load(path)
     pipe = tiny.quiet(DiffusionPipeline.from_pretrained(tmp_path / "pipe"))
     whole = pipe.score("pizza", **QUICK)
     measured = count_measured(monkeypatch)
