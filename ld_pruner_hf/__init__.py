@@ -11,6 +11,8 @@ In short:
 from . import demo
 from . import modeling as _modeling
 from . import pipeline as _pipeline
+from .distillation import DistillationLoss, NoiseProcess
+from .features import FeatureTaps, Tap, TapPair, find_taps
 from .fitting import Fit, fit_stand_ins
 from .modeling import plan_of
 from .operators import find_operators
@@ -27,10 +29,11 @@ from .surgery import applied, apply_plan_
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "CRITERIA", "PRESETS", "Fit", "LDPrunerMixin", "Modification", "Operator", "OperatorScore", "OperatorScores",
-    "OutputRule", "PlanDiff", "PlanError", "Profile", "PruningPlan", "StandInSpec", "StockRecord", "applied",
-    "apply_plan_", "apply_preset_", "demo", "find_operators", "fit_stand_ins", "knapsack", "make_plan", "plan_of",
-    "profile", "prune", "ratio", "record_of", "score", "score_operators", "to_stock_", "top_k",
+    "CRITERIA", "PRESETS", "DistillationLoss", "FeatureTaps", "Fit", "LDPrunerMixin", "Modification",
+    "NoiseProcess", "Operator", "OperatorScore", "OperatorScores", "OutputRule", "PlanDiff", "PlanError", "Profile",
+    "PruningPlan", "StandInSpec", "StockRecord", "Tap", "TapPair", "applied", "apply_plan_", "apply_preset_",
+    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "make_plan", "plan_of", "profile", "prune",
+    "ratio", "record_of", "score", "score_operators", "to_stock_", "top_k",
 ]  # fmt: skip
 
 _modeling.install()

@@ -17,7 +17,7 @@ LEVELS = {
     "surgery": 2, "selection": 2,
     "profiling": 3, "modeling": 3,
     "operators": 4, "stock": 4, "fitting": 4,
-    "scoring": 5, "presets": 5,
+    "scoring": 5, "presets": 5, "features": 5, "distillation": 5,
     "planning": 6, "report": 6,
     "pipeline": 7,
     "demo.job": 8,

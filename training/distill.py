@@ -1,0 +1,280 @@
+"""Distil a pruned pipeline from its original.
+
+    accelerate launch training/distill.py --config training/recipes/distill_emoji.yaml --output_dir out
+    accelerate launch training/distill.py --teacher CompVis/stable-diffusion-v1-4 --student sd-pruned \\
+        --dataset_name me/captioned-pictures --resolution 512 --mixed_precision fp16 --use_ema --output_dir out
+
+loss = task_weight * |target - student|^2 + output_weight * |teacher - student|^2 + feature_weight * sum over stages |f_t - f_s|^2
+
+--output_dir holds at the end: a complete pipeline, log.csv (each loss term of each step), checkpoint-N folders, validation/.
+"""
+
+import contextlib
+import json
+import time
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from checkpoints import Log, Progress, find_checkpoint, load_checkpoint, remove_old
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from inputs import DenoiserInputs, check_resolution
+from models import add_lora, load_pipeline, make_student, save_pipeline, with_component
+from options import check_writable, parse_args
+from sources import Batches, drop_conditions, make_source, noised, open_rows
+from tqdm.auto import tqdm
+from validation import log_grid, validate, wants_validation
+
+from ld_pruner_hf import DistillationLoss, FeatureTaps, NoiseProcess, find_taps
+from ld_pruner_hf.latents import find_denoiser
+
+TERMS = ("loss", "task", "output", "feature")
+
+
+def make_accelerator(args):
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
+            ),
+        )
+    except ValueError as error:
+        raise ValueError(f"--mixed_precision {args.mixed_precision}: {error}") from error
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(
+            f"accelerate is configured for {kind}, whose split states are not saved here; use plain multi-GPU"
+        )
+    return accelerator
+
+
+def make_optimizer(args, parameters, accelerator):
+    rate = args.learning_rate
+    if args.scale_lr:
+        rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    kind = torch.optim.AdamW
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        kind = bitsandbytes.optim.AdamW8bit
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = kind(parameters, lr=rate, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
+    factor = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, args.max_train_steps).lr_lambdas[
+        0
+    ]
+    return (
+        optimizer,
+        lambda step: rate * factor(step),
+    )  # of the step alone, so that resuming needs no scheduler's state
+
+
+class Distillation:
+    """Teacher, student, data and loss of one run: everything but the loop."""
+
+    def __init__(self, args, accelerator):
+        self.args, self.accelerator = args, accelerator
+        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        self.samples_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        self.loss = DistillationLoss(args.task_weight, args.output_weight, args.feature_weight, args.feature_loss)
+        self._load_teacher()
+        scores_first = args.prune is not None and args.scores is None
+        if not scores_first:
+            self._load_student()
+        rows = open_rows(args, self.inputs, accelerator)  # wrong columns show before anything that takes long
+        if scores_first:
+            self._load_student()
+        self._load_data(rows)
+        self._find_taps()
+
+    def _load_teacher(self):
+        self.pipe = load_pipeline(self.args.teacher, self.args).to(self.accelerator.device)
+        self.component = find_denoiser(self.pipe, self.args.component)
+        check_resolution(self.pipe, self.args.resolution)
+        self.process = NoiseProcess.of(self.pipe.scheduler, self.args.prediction_type)
+        if self.args.snr_gamma:
+            self.process.snr_weights(torch.tensor([0]), self.args.snr_gamma)
+        self.inputs = DenoiserInputs(self.pipe, self.component, self.args.resolution)
+
+    def _load_student(self):
+        """The student is trained in float32; the teacher, frozen, is in the precision of the run from here on."""
+        args = self.args
+        self.student = make_student(args, self.pipe, self.component, self.accelerator)
+        self.student.to(self.accelerator.device, torch.float32)
+        size = sum(p.numel() for p in self.student.parameters())
+        check_writable(args.output_dir, needed=2 * 4 * size * (4 if args.use_ema else 3))
+        for part in self.pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                keeps_float32 = self.dtype == torch.float16 and getattr(part.config, "force_upcast", False)
+                part.eval().requires_grad_(False).to(torch.float32 if keeps_float32 else self.dtype)
+        self.teacher = getattr(self.pipe, self.component)
+        self.student.train().requires_grad_(True)
+        if args.train_lora_rank:
+            add_lora(self.student, args.train_lora_rank)
+        if args.gradient_checkpointing:
+            self.student.enable_gradient_checkpointing()
+        self.student_pipe = with_component(self.pipe, self.component, self.student)
+
+    def _load_data(self, rows):
+        """The source of batches, where the last checkpoint left it."""
+        args = self.args
+        self.source = make_source(args, self.inputs, rows, self.accelerator, self.dtype)
+        self.checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        self.first_step = 0
+        if self.checkpoint is not None:
+            state = load_checkpoint(self.checkpoint)[1]
+            self.first_step = state["step"]
+            self.source.restore(state["stream"])
+        self.batches = Batches(self.source, self.first_step, args, self.accelerator)
+        self.blank = self.inputs.encode([self.inputs.blank], 1) if args.proportion_empty_prompts else {}
+
+    def _find_taps(self):
+        """Watch one batch go through both; freeze what it shows can never be trained.
+
+        Parameters behind a stand-in of zeros get no gradient, for which DDP would wait. That backward pass also shows at
+        start-up whether a batch fits into memory.
+        """
+        first, self.pairs = self.prepare(*self.batches.peek()[:2]), []
+        if self.args.feature_weight:
+            with self.accelerator.autocast():
+                self.pairs = find_taps(self.teacher, self.student, first[0], self.args.feature_taps)
+        self.teacher_taps = FeatureTaps(self.teacher, [pair.teacher for pair in self.pairs])
+        self.student_taps = FeatureTaps(self.student, [pair.student for pair in self.pairs])
+        with self.teacher_taps, self.student_taps:
+            self.terms(self.student, first)["loss"].backward()
+        self.frozen = [name for name, p in self.student.named_parameters() if p.grad is None]
+        for p in self.student.parameters():
+            p.requires_grad_(p.grad is not None)
+            p.grad = None
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def prepare(self, positions, fetched):
+        """(arguments of the denoisers, target, weights of the samples in the task loss) of one micro-batch."""
+        latents, conditions = self.source.batch(positions, fetched)
+        latents = latents.to(self.accelerator.device, torch.float32)  # (B, C, h, w), or as the denoiser takes them
+        conditions = drop_conditions(conditions, self.blank, self.args, positions)
+        noisy, target, index = noised(latents, self.process, self.args.seed, positions)
+        gamma = self.args.snr_gamma
+        weights = self.process.snr_weights(index, gamma).to(latents.device) if gamma else None
+        return self.inputs.call(noisy, self.process.timesteps[index], conditions, self.dtype), target, weights
+
+    def terms(self, model, batch):
+        """The loss and its terms; `model` is the student, bare or wrapped."""
+        call, target, weights = batch
+        expected, expected_features = None, []
+        if self.loss.needs_teacher:
+            with torch.no_grad():
+                expected, expected_features = self.teacher(**call.kwargs)[0], self.teacher_taps.take()
+        with self.accelerator.autocast():
+            prediction = model(**call.kwargs)[0]
+        return self.loss(prediction, target, expected, self.student_taps.take(), expected_features, weights)
+
+    def __str__(self):
+        before, after = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.teacher, self.student))
+        compared = (
+            f"features compared at {len(self.pairs)} stages ({self.loss.feature_loss}):"
+            if self.pairs
+            else "no features"
+        )
+        lines = [
+            f"{self.component}: {type(self.student).__name__}, {before:.2f}M -> {after:.2f}M parameters, predicts "
+            f"{self.process.prediction_type}",
+            f"steps {self.first_step + 1} to {self.args.max_train_steps}, {self.samples_a_step} samples each",
+            compared,
+            *(f"  {pair}" for pair in self.pairs),
+        ]
+        if self.frozen:
+            trained = sum(p.numel() for p in self.parameters) / 1e6
+            lines.append(
+                f"{len(self.frozen)} parameters that no loss depends on, or that are frozen, stay; {trained:.2f}M are trained"
+            )
+        return "\n".join(lines)
+
+
+def train(run, args, accelerator):
+    """The loop. Returns the student, with averaged weights under --use_ema."""
+    optimizer, learning_rate = make_optimizer(args, run.parameters, accelerator)
+    ema = EMAModel(run.parameters, decay=args.ema_decay, use_ema_warmup=True) if args.use_ema else None
+    progress = Progress(run.student, optimizer, ema, accelerator)
+    model, optimizer = accelerator.prepare(run.student, optimizer)
+    if run.checkpoint is not None:
+        progress.load(run.checkpoint, run.samples_a_step)
+    log = Log(args.output_dir / "log.csv", ["step", *TERMS, "lr", "images_per_s"], run.first_step, accelerator)
+    if run.first_step == 0:
+        look(run, args, accelerator, 0)
+
+    bar = tqdm(total=args.max_train_steps, initial=run.first_step, disable=not accelerator.is_local_main_process)
+    for step in range(run.first_step + 1, args.max_train_steps + 1):
+        began = time.monotonic()
+        # Dropout, if there is any, depends on step and process alone: a resumed run repeats it.
+        torch.manual_seed(args.seed * 1_000_003 + step * accelerator.num_processes + accelerator.process_index)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1)
+        total = torch.zeros(len(TERMS), device=accelerator.device)
+        for micro in range(args.gradient_accumulation_steps):
+            positions, fetched, stream = run.batches.take()
+            last = micro == args.gradient_accumulation_steps - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                terms = run.terms(model, run.prepare(positions, fetched))
+                accelerator.backward(terms["loss"] / args.gradient_accumulation_steps)
+            total += torch.stack([terms.get(name, total.new_zeros(())).detach() for name in TERMS])
+        accelerator.clip_grad_norm_(run.parameters, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema:
+            ema.step(run.parameters)
+
+        total = accelerator.reduce(total / args.gradient_accumulation_steps, reduction="mean").tolist()
+        rate = run.samples_a_step / (time.monotonic() - began)
+        row = {**dict(zip(TERMS, total, strict=True)), "lr": learning_rate(step - 1), "images_per_s": rate}
+        log.write(step, row)
+        bar.update()
+        bar.set_postfix(loss=f"{total[0]:.4f}", lr=f"{row['lr']:.1e}")
+        if not np.isfinite(total[0]) and accelerator.scaler is None:
+            raise RuntimeError(f"step {step}: the loss is {total[0]}; lower --learning_rate or a weight, then resume")
+        if accelerator.is_main_process and step % args.checkpointing_steps == 0:
+            progress.save(args.output_dir / f"checkpoint-{step}", step, stream, run.samples_a_step)
+            remove_old(args.output_dir, args.checkpoints_total_limit)
+        look(run, args, accelerator, step, ema)
+    bar.close()
+    accelerator.wait_for_everyone()
+    if ema:
+        ema.copy_to(run.parameters)
+    return accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+
+def look(run, args, accelerator, step, ema=None):
+    """Draw validation pictures, if they are due."""
+    if accelerator.is_main_process and wants_validation(args, run.inputs, step):
+        with accelerator.autocast():
+            grid = validate(step, run.pipe, run.student_pipe, run.inputs, args, ema, run.parameters)
+        if grid is not None:
+            log_grid(accelerator, grid, step)
+
+
+def main(argv=None):
+    args = parse_args(__doc__, argv)
+    accelerator = make_accelerator(args)
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    try:
+        run = Distillation(args, accelerator)
+        accelerator.print(run)
+        if args.report_to != "none":
+            accelerator.init_trackers("distill", json.loads(json.dumps(vars(args), default=str)))
+        with run.teacher_taps, run.student_taps:
+            student = train(run, args, accelerator)
+        if run.source.skipped:
+            accelerator.print(f"skipped: {dict(run.source.skipped)}")
+        if accelerator.is_main_process:
+            save_pipeline(args, run.component, student)
+    finally:
+        accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
