@@ -15,7 +15,7 @@ from torch import nn
 from ld_pruner_hf import DistillationLoss, FeatureTaps, NoiseProcess, apply_plan_, find_taps
 from ld_pruner_hf.distillation import feature_error
 from ld_pruner_hf.features import unwrap
-from ld_pruner_hf.pipeline import plan_from
+from ld_pruner_hf.planning import plan_from
 from ld_pruner_hf.surgery import count_params
 
 CALL = tiny.unet_call()
