@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .latents import RecordedCall, final_latents, find_denoiser, make_conditions, make_jobs, preserved, steps_argument
 from .plan import Modification, OutputRule, PruningPlan, StandInSpec
 from .profiling import run
-from .replacements import Adapter, pick_argument
+from .replacements import Adapter, channel_dim, pick_argument
 from .surgery import check_plan, get_operator, refuse_wrapped
 
 _POOLS: dict[int, Callable[..., torch.Tensor]] = {
@@ -146,11 +146,6 @@ def _channels_last(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.movedim(dim, -1).flatten(0, -2)
 
 
-def _channel_dim(module: nn.Module, ndim: int) -> int:
-    """Dimension 1 of feature maps, the last of tokens; (B, C, L) where the operator has 1-D convolutions."""
-    return 1 if ndim >= 4 or (ndim == 3 and any(p.ndim == 3 for p in module.parameters())) else ndim - 1
-
-
 class _Watcher:
     """Adds up what one output of one operator needs for its fit."""
 
@@ -170,7 +165,7 @@ class _Watcher:
             self.fit = self.fit or LinearFit(self.rule.in_channels, self.rule.out_channels, device)
             self.fit.add(_channels_last(x, dim), _channels_last(y, dim))
         elif self.affine and self.adapter is None and x.shape == y.shape:
-            dim = _channel_dim(module, x.ndim)
+            dim = channel_dim(module, x.ndim)
             self.affine_rule = replace(
                 self.rule, rule="affine", channel_dim=dim, in_channels=x.shape[dim], out_channels=x.shape[dim]
             )

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .latents import RecordedCall, find_denoiser, make_conditions, preserved, record_call, steps_argument
 from .plan import Modification, Operator, OutputRule, StandInSpec, is_inside
 from .profiling import count_macs, device_of, latency_shares, run, synchronize
-from .replacements import StandIn, stand_in_cost
+from .replacements import StandIn, channel_dim, stand_in_cost
 from .surgery import applied, count_params, paths_of, refuse_wrapped
 
 STANDINS = ("all", "paper")
@@ -150,13 +150,6 @@ class _Additions(TorchFunctionMode):
         return result
 
 
-def _channel_dim(module: nn.Module, ndim: int) -> int:
-    """Where channels are: dimension 1 of feature maps, the last of tokens; 1-D convolutions make (B, C, L) of three."""
-    if ndim >= 4 or (ndim == 3 and any(p.ndim == 3 for p in module.parameters())):
-        return 1
-    return ndim - 1
-
-
 def _closest(leaves: list[_Leaf], output: torch.Tensor) -> _Leaf:
     """Of several inputs shaped like the output, the one that it resembles most (cosine); the first on `meta`."""
     if len(leaves) == 1 or output.is_meta:
@@ -173,7 +166,7 @@ def _adapt(module: nn.Module, source: _Leaf, shape: Sequence[int]) -> OutputRule
     have = source.tensor.shape
     if len(have) != len(shape) or not shape or have[0] != shape[0]:
         return f"output {tuple(shape)} has other dimensions than its input {tuple(have)}"
-    dim = _channel_dim(module, len(shape))
+    dim = channel_dim(module, len(shape))
     factors: list[int] = []
     if dim == 1:
         for a, b in zip(have[2:], shape[2:], strict=True):

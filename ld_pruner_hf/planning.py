@@ -134,9 +134,7 @@ def _find_scores(
 
 def first_call(pipe: DiffusionPipeline, name: str, score_kwargs: dict[str, Any]) -> RecordedCall:
     """The first denoiser call of a run with the call arguments among `score_kwargs`. Run it inside `preserved(pipe)`."""
-    known = (*SCORING_ONLY, "conditions", "num_inference_steps", "seeds", "seed", "batch_size")
-    call = {k: v for k, v in score_kwargs.items() if k not in known}
-    first = make_conditions(pipe, score_kwargs.get("conditions"), call)[0]
+    first = make_conditions(pipe, score_kwargs.get("conditions"), _call_arguments(score_kwargs))[0]
     return record_call(pipe, name, {**steps_argument_if_any(pipe), **first})
 
 

@@ -12,6 +12,13 @@ from torch import nn
 from .plan import OutputRule, StandInSpec
 
 
+def channel_dim(module: nn.Module, ndim: int) -> int:
+    """Where channels are: dimension 1 of feature maps, the last of tokens; 1-D convolutions make (B, C, L) of three."""
+    if ndim >= 4 or (ndim == 3 and any(p.ndim == 3 for p in module.parameters())):
+        return 1
+    return ndim - 1
+
+
 def pick_argument(rule: OutputRule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """The input tensor that a rule reads, however the caller passed it."""
     value = kwargs[rule.argument] if rule.argument in kwargs else args[rule.position]

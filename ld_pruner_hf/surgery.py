@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -146,8 +145,3 @@ def apply_plan_(model: nn.Module, plan: PruningPlan) -> PruningPlan:
         counted.append(replace(m, params_removed=count_params(operator) - count_params(stand_in)))
     replace_modules(model, swaps)
     return replace(plan, modifications=tuple(counted), params_before=before)
-
-
-def module_kinds(model: nn.Module) -> dict[str, Any]:
-    """path -> class name of every module but the root."""
-    return {name: type(m).__name__ for name, m in model.named_modules() if name}
