@@ -14,6 +14,7 @@ from PIL import Image
 from ld_pruner_hf import OperatorScores, PruningPlan, cli, plan_of
 from ld_pruner_hf.demo import job, load
 from ld_pruner_hf.latents import final_latents, preserved
+from ld_pruner_hf.loading import load_pipeline
 
 TINY = ["--num-inference-steps", "1", "--guidance-scale", "1"]
 INNER = ["--include", "mid_block.resnets.0.conv*", "mid_block.resnets.0.norm*", "mid_block.resnets.0.nonlinearity"]
@@ -133,7 +134,7 @@ def test_prune_scores_first_and_resumes_from_its_folder(scored, tmp_path, capsys
 @pytest.fixture
 def nothing_loads(monkeypatch):
     """Fails the test if a command gets as far as loading a pipeline."""
-    monkeypatch.setattr(cli, "load_pipeline", lambda *_: pytest.fail("loaded a pipeline before the check"))
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded before the check"))
 
 
 def test_prune_never_writes_over_other_files(tmp_path, capsys, nothing_loads):
@@ -218,10 +219,10 @@ def test_show_prints_scores_and_plans(scored, tmp_path, capsys):
 
 
 def test_load_pipeline_takes_a_folder_and_a_dtype(tmp_path):
-    pipe = cli.load_pipeline("demo:emoji", "bfloat16", "cpu")
+    pipe = load_pipeline("demo:emoji", "bfloat16", "cpu")
     assert pipe.unet.dtype == torch.bfloat16 and pipe.device.type == "cpu"
     pipe.save_pretrained(tmp_path / "copy")
-    assert cli.load_pipeline(str(tmp_path / "copy"), device="cpu").unet.dtype == torch.float32
+    assert load_pipeline(str(tmp_path / "copy"), device="cpu").unet.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -231,22 +232,22 @@ def test_load_pipeline_takes_a_folder_and_a_dtype(tmp_path):
         ("./nothing", {}, "no such folder"),
         ("/nowhere/at/all", {}, "no such folder"),
         (".", {}, "no model_index.json"),
-        ("demo:emoji", {"dtype": "int8"}, "--dtype: got 'int8'"),
-        ("demo:emoji", {"device": "abacus"}, "--device: got 'abacus'"),
+        ("demo:emoji", {"dtype": "int8"}, "dtype: got 'int8'"),
+        ("demo:emoji", {"device": "abacus"}, "device: got 'abacus'"),
         ("demo:emoji", {"device": "xla"}, "torch finds no such device"),
     ],
 )
 def test_load_pipeline_says_what_is_wrong(name, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=re.escape(message)):
-        cli.load_pipeline(name, **options)
+        load_pipeline(name, **options)
 
 
 def test_a_hub_id_that_cannot_be_loaded_is_one_line(monkeypatch, capsys):
     def offline(*_, **__):
         raise OSError("We couldn't connect\nto the Hub")
 
-    monkeypatch.setattr(cli.DiffusionPipeline, "from_pretrained", offline)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", offline)
     line = error_of(capsys, "profile", "nobody/nothing")
     assert "nobody/nothing: no local folder" in line and "couldn't connect to the Hub" in line
 
@@ -271,10 +272,10 @@ def test_help_names_the_options(command, capsys):
 
 def test_a_bug_keeps_its_traceback_and_an_interruption_has_its_own_code(monkeypatch, capsys):
     def fail(error):
-        def loading(*_):
+        def loading(*_, **__):
             raise error
 
-        monkeypatch.setattr(cli, "load_pipeline", loading)
+        monkeypatch.setattr(DiffusionPipeline, "from_pretrained", loading)
 
     fail(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):

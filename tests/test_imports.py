@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ld_pruner_hf"
 LEVELS = {
     "plan": 0, "demo": 0,
-    "scores": 1, "replacements": 1, "latents": 1,
+    "scores": 1, "replacements": 1, "latents": 1, "loading": 1,
     "surgery": 2, "selection": 2,
     "profiling": 3, "modeling": 3,
     "operators": 4, "stock": 4, "fitting": 4,
@@ -21,8 +21,11 @@ LEVELS = {
     "planning": 6, "report": 6,
     "pipeline": 7,
     "demo.job": 8,
-    "cli": 9,
-    "__init__": 10, "__main__": 10,
+    "cli.common": 9,
+    "cli.output": 10,
+    "cli.demo": 11, "cli.profile": 11, "cli.prune": 11, "cli.score": 11, "cli.show": 11,
+    "cli": 12,
+    "__init__": 13, "__main__": 13,
 }  # fmt: skip
 
 

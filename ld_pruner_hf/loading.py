@@ -1,0 +1,62 @@
+"""Load a pipeline by its name: a folder, a Hub id, or one that ships with the package."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HfHubHTTPError
+
+from . import demo
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def pick_device(device: str) -> str:
+    """The device by name; "auto" is the accelerator if there is one. ValueError for one that is not there."""
+    accelerator = torch.accelerator.current_accelerator()  # None on a machine that has only a CPU
+    if device == "auto":
+        return "cpu" if accelerator is None else accelerator.type
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}, expected for example 'auto', 'cpu' or 'cuda'") from error
+    if kind not in ("cpu", accelerator.type if accelerator is not None else "cpu"):
+        raise ValueError(f"device: got {device!r}, but torch finds no such device here; use cpu")
+    return device
+
+
+def load_pipeline(name: str, dtype: str = "float32", device: str = "auto") -> Any:
+    """Load a pipeline from a local folder, from the Hub, or one that ships with the package (`demo:emoji`).
+
+    Raises:
+        ValueError: unknown demo pipeline, dtype or device; a name that is neither a pipeline's folder nor found on the Hub.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
+    device = pick_device(device)
+    precision = {"dtype": DTYPES[dtype]}  # always: transformers would load its parts in the checkpoint's own dtype
+    if name.startswith("demo:"):
+        demo_pipe: Any = demo.load(name.removeprefix("demo:"), **precision)
+        return demo_pipe.to(device)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{name}: the folder has no model_index.json, so it holds no diffusers pipeline")
+        return DiffusionPipeline.from_pretrained(folder, **precision).to(device)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise ValueError(
+            f"{name}: no such folder; expected a pipeline's folder, a Hub id such as org/model, or demo:emoji"
+        )
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name, **precision)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ValueError(f"{name}: no local folder, and not loaded from the Hub either: {one_line(error)}") from error
+    return pipe.to(device)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
