@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .latents import RecordedCall
+from .latents import RecordedCall, calling
 from .surgery import count_params
 
 
@@ -66,8 +66,9 @@ class Profile:
 
 
 def run(model: nn.Module, call: RecordedCall) -> Any:
-    """One denoiser call."""
-    return model(*call.args, **call.kwargs)
+    """One call of the model."""
+    with calling(model, call.method):
+        return model(*call.args, **call.kwargs)
 
 
 def count_macs(model: nn.Module, call: RecordedCall) -> tuple[dict[str, int], dict[str, int]]:
