@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -17,13 +18,15 @@ from .latents import find_denoiser, make_conditions, preserved, record_call
 from .modeling import plan_of, prune_
 from .operators import recorded, steps_argument_if_any
 from .plan import PruningPlan
-from .planning import LAST_SCORES, SCORING_ONLY, component_of, first_call, make_plan, score
+from .planning import LAST_SCORES, SCORING_ONLY, Goal, component_of, first_call, make_plan, score
 from .presets import PRESETS, apply_preset_
 from .profiling import Profile, profile_call
 from .scores import OperatorScores
 from .scoring import score_operators
 from .stock import StockRecord, stock_candidates, to_stock_
 from .surgery import check_plan
+
+_NAMES = {"params": "parameters", "macs": "MACs", "latency": "latency", "memory": "peak memory"}
 
 
 @overload
@@ -86,7 +89,7 @@ def prune(
     goals: dict[str, Any] = {
         "params": params, "macs": macs, "latency": latency, "memory": memory, "method": method, "rounds": rounds,
     }  # fmt: skip
-    _check_together(target, goals, fit)
+    check_goals(target, goals, fit)
     if isinstance(target, str) and target in PRESETS:
         name = find_denoiser(pipe, component)
         record = apply_preset_(component_of(pipe, name), target, name)
@@ -148,13 +151,13 @@ def _compare(plan: PruningPlan, before: Profile, after: Profile) -> PruningPlan:
         times = f"({before.latency_ms:.1f} -> {after.latency_ms:.1f} ms a call, quartiles {spread:.1f} ms apart)"
         if unit in ("params", "macs") and before.latency_ms - after.latency_ms <= spread:
             warnings.warn(
-                f"{gains[unit]:.1%} of the {unit} went, but no time {times}; to make the model faster, prune by latency=",
+                f"{gains[unit]:.1%} of the {_NAMES[unit]} went, but no time {times}; to make the model faster, prune by latency=",
                 stacklevel=5,
             )
     tolerance = 0.05 if unit in ("latency", "memory") else 1e-6
     if unit in gains and gains[unit] < share - tolerance:
         warnings.warn(
-            f"{share:.1%} of the {unit} were to go, {plan.how['predicted'][unit]:.1%} were predicted, {gains[unit]:.1%} went "
+            f"{share:.1%} of the {_NAMES[unit]} were to go, {plan.how['predicted'][unit]:.1%} were predicted, {gains[unit]:.1%} went "
             f"{times if unit == 'latency' else ''}: ask for more"
             + (", or score again on an idle device: a busy one measures badly" if unit == "latency" else ""),
             stacklevel=5,
@@ -163,15 +166,18 @@ def _compare(plan: PruningPlan, before: Profile, after: Profile) -> PruningPlan:
     return replace(plan, how={**plan.how, "measured": measured})
 
 
-def _check_together(target: Any, goals: dict[str, Any], fit: bool | str) -> None:
+def check_goals(target: Any, goals: Mapping[str, Any], fit: bool | str = False) -> None:
+    """Raise ValueError if these arguments of `prune` make no sense together; nothing is loaded or computed for it."""
     if fit not in (False, True, "affine"):
         raise ValueError(f"fit: got {fit!r}, expected False, True or 'affine'")
-    if isinstance(target, (str, os.PathLike, PruningPlan)):
-        extra = [name for name, value in goals.items() if value is not None and name != "rounds"]
-        if fit and isinstance(target, str) and target in PRESETS:
-            extra.append("fit")
-        if extra:
-            raise ValueError(f"prune: {extra} cannot go together with a plan or preset; leave out one of them")
+    if not isinstance(target, (str, os.PathLike, PruningPlan)):
+        Goal.of(target, goals)
+        return
+    extra = [name for name, value in goals.items() if value is not None and name != "rounds"]
+    if fit and isinstance(target, str) and target in PRESETS:
+        extra.append("fit")
+    if extra:
+        raise ValueError(f"prune: {extra} cannot go together with a plan or preset; leave out one of them")
 
 
 def _simplify_(pipe: DiffusionPipeline, name: str, plan: PruningPlan, score_kwargs: dict[str, Any]) -> str:

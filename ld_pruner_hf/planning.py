@@ -72,17 +72,21 @@ class Goal:
     rounds: int = 1
 
     @classmethod
-    def of(cls, k: Any, budgets: Mapping[str, Any], method: str | None, rounds: int) -> Goal:
+    def of(cls, k: Any, goals: Mapping[str, Any]) -> Goal:
         """Check what a user asked for, before any long work.
+
+        Args:
+            k: how many operators, or None. goals: the share of each of `SAVINGS`, or None; `method`; `rounds`.
 
         Raises:
             ValueError: not exactly one of k and the budgets, or a value that makes no sense.
         """
-        given = {unit: share for unit, share in budgets.items() if share is not None}
+        method, rounds = goals["method"], goals["rounds"]
+        given = {unit: goals[unit] for unit in SAVINGS if goals[unit] is not None}
         if len(given) + (k is not None) != 1:
             got = [*(["k"] if k is not None else []), *given]
             raise ValueError(
-                f"prune: got {got or 'no goal'}, expected one of a number of operators, {', '.join(f'{u}=' for u in budgets)}"
+                f"prune: got {got or 'no goal'}, expected one of a number of operators, {', '.join(f'{u}=' for u in SAVINGS)}"
             )
         methods = (*METHODS, "rounds") if given else ("top-k", "rounds")
         if method not in (None, *methods):
@@ -116,8 +120,8 @@ def make_plan(
     **score_kwargs: Any,
 ) -> PruningPlan:
     """Choose what to take out without touching the pipeline; see `prune` for arguments and errors."""
-    budgets = {"params": params, "macs": macs, "latency": latency, "memory": memory}
-    goal = Goal.of(k, budgets, method, rounds)
+    goals = {"params": params, "macs": macs, "latency": latency, "memory": memory}
+    goal = Goal.of(k, {**goals, "method": method, "rounds": rounds})
     if criterion is not None:
         check_criterion(criterion)
     if goal.rounds > 1 and scores is not None:

@@ -90,7 +90,9 @@ def test_params_that_go_and_bring_no_time_are_said(scores, monkeypatch, after, w
         warnings.simplefilter("always")
         emoji().prune(params=0.05, scores=scores)
     said = [str(w.message) for w in caught if "but no time" in str(w.message)]
-    assert len(said) == warned and all("of the params went" in text and "quartiles 2.0 ms" in text for text in said)
+    assert len(said) == warned and all(
+        "of the parameters went" in text and "quartiles 2.0 ms" in text for text in said
+    )
 
 
 def test_memory_is_met_as_measured(scores):
