@@ -88,10 +88,10 @@ class Goal:
             raise ValueError(
                 f"prune: got {got or 'no goal'}, expected one of a number of operators, {', '.join(f'{u}=' for u in SAVINGS)}"
             )
-        methods = (*METHODS, "rounds") if given else ("top-k", "rounds")
-        if method not in (None, *methods):
+        methods = [*METHODS, "rounds"] if given else ["top-k", "rounds"]
+        if method not in [None, *methods]:
             what = f"{next(iter(given))}=" if given else "a number of operators"
-            raise ValueError(f"method: got {method!r}, expected one of {list(methods)} for {what}")
+            raise ValueError(f"method: got {method!r}, expected one of {methods} for {what}")
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 2:
             raise ValueError(f"rounds: got {rounds!r}, expected how often to score and choose, 2 or more")
         method, rounds = method or methods[0], rounds if method == "rounds" else 1
