@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -301,9 +302,9 @@ def _measure_one(
     )  # fmt: skip
 
 
-def measure_damage(
+@contextmanager
+def damage_meter(
     pipe: Any,
-    modifications: Iterable[Modification],
     conditions: Any = None,
     *,
     num_inference_steps: int | None = None,
@@ -314,26 +315,38 @@ def measure_damage(
     seed: int = 0,
     batch_size: int = 8,
     **call_kwargs: Any,
-) -> float:
-    """What several modifications do together: the score of `score_operators` for all of them at once.
-
-    Args:
-        modifications: a `PruningPlan`, or modifications that do not lie inside each other, of the pipeline as it is.
-        Others: as for `score_operators`.
-
-    Returns:
-        The damage, in units of the criterion; infinite where the outputs of the modified pipeline are not finite.
-    """
+) -> Iterator[Callable[[Iterable[Modification]], float]]:
+    """Inside, a function that measures what several modifications do together; see `measure_damage` for the arguments."""
     combine = CRITERIA[check_criterion(criterion)]
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
     with preserved(pipe):
         component = find_denoiser(pipe, component, **conditions[0])
+        model: nn.Module = getattr(pipe, component)
         sets = output_sets(pipe, component, conditions, range(seed, seed + seeds), batch_size, pooled)
         originals = sets.collect()
-        with applied(getattr(pipe, component), modifications):
+
+        def measure(modifications: Iterable[Modification]) -> float:
             try:
-                modified = sets.collect()
+                with applied(model, modifications):
+                    modified = sets.collect()
             except FloatingPointError:
                 return math.inf
-    return math.fsum(combine(*latent_distances(a, b)) for a, b in zip(originals, modified, strict=True))
+            return math.fsum(combine(*latent_distances(a, b)) for a, b in zip(originals, modified, strict=True))
+
+        yield measure
+
+
+def measure_damage(pipe: Any, modifications: Iterable[Modification], conditions: Any = None, **how: Any) -> float:
+    """What several modifications do together: the score of `score_operators` for all of them at once.
+
+    Args:
+        modifications: a `PruningPlan`, or modifications that do not lie inside each other, of the pipeline as it is.
+        conditions, how: as for `score_operators` (num_inference_steps, seeds, criterion, pooled, component, seed, batch_size,
+            arguments of the pipeline's call).
+
+    Returns:
+        The damage, in units of the criterion; infinite where the outputs of the modified pipeline are not finite.
+    """
+    with damage_meter(pipe, conditions, **how) as measure:
+        return measure(modifications)
