@@ -146,7 +146,7 @@ def test_fit_lowers_the_damage_of_the_same_budget(scores):
             r"got 'best', expected one of \['knapsack', 'ratio', 'top-k', 'rounds'\] for params=",
         ),
         ((3,), {"method": "rounds", "rounds": 1}, "rounds: got 1, expected"),
-        ((3,), {"method": "rounds"}, "'rounds' scores anew in each round; leave the scores out"),
+        ((3,), {"method": "rounds"}, "'rounds' scores anew in each round; leave them out"),
         ((3,), {"method": "knapsack"}, r"expected one of \['top-k', 'rounds'\] for a number of operators"),
         (("bk-sdm-base",), {"params": 0.3}, "cannot go together with a plan or preset"),
         (("bk-sdm-base",), {"fit": True}, "cannot go together"),
