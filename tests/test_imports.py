@@ -20,7 +20,7 @@ LEVELS = {
     "criteria": 5,
     "presets": 5, "features": 5, "distillation": 5,
     "scoring": 6,
-    "planning": 7, "report": 7,
+    "additivity": 7, "planning": 7, "report": 7,
     "pipeline": 8,
     "demo.job": 9,
     "cli.common": 10,
