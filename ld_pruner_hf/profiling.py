@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +88,23 @@ def count_macs(model: nn.Module, call: RecordedCall) -> tuple[dict[str, int], di
         total[path] = flops // 2 // batch
         conv_linear[path] = (flops - attention) // 2 // batch
     return total, conv_linear
+
+
+def count_call_macs(fn: Callable[[], Any]) -> int:
+    """MACs of everything that `fn()` runs."""
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with torch.no_grad(), counter:
+        fn()
+    return counter.get_total_flops() // 2
+
+
+def processor_name() -> str:
+    """The processor's name where Linux tells it, else "cpu"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
 def synchronize(device: torch.device) -> None:

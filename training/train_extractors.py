@@ -185,7 +185,7 @@ def parse_args(argv=None):
     images.add_argument("--clothing", type=Path, required=True, help="parquet: image, caption, orig_split")
     images.add_argument("--emoji", type=Path, required=True, help="parquet: image, caption, category, skin_tone")
     audio.add_argument("--recordings", type=Path, required=True, help="tar of <digit>_<speaker>_<index>.wav, 8 kHz")
-    for sub, epochs in ((images, 30), (audio, 20)):
+    for sub, epochs in ((images, 18), (audio, 20)):
         sub.add_argument("--output_dir", type=Path, required=True)
         sub.add_argument("--epochs", type=int, default=epochs)
         sub.add_argument("--batch_size", type=int, default=64)
