@@ -21,7 +21,7 @@ from .plan import Modification, Operator, OutputRule, PlanDiff, PlanError, Pruni
 from .presets import PRESETS, apply_preset_
 from .profiling import Profile
 from .scores import CRITERIA, OperatorScore, OperatorScores
-from .scoring import score_operators
+from .scoring import measure_damage, score_operators
 from .selection import knapsack, ratio, top_k
 from .stock import StockRecord, record_of, to_stock_
 from .surgery import applied, apply_plan_
@@ -32,7 +32,7 @@ __all__ = [
     "CRITERIA", "PRESETS", "DistillationLoss", "FeatureTaps", "Fit", "LDPrunerMixin", "Modification",
     "NoiseProcess", "Operator", "OperatorScore", "OperatorScores", "OutputRule", "PlanDiff", "PlanError", "Profile",
     "PruningPlan", "StandInSpec", "StockRecord", "Tap", "TapPair", "applied", "apply_plan_", "apply_preset_",
-    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "make_plan", "plan_of", "profile", "prune",
+    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "make_plan", "measure_damage", "plan_of", "profile", "prune",
     "ratio", "record_of", "score", "score_operators", "to_stock_", "top_k",
 ]  # fmt: skip
 

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .latents import Job, final_latents, find_denoiser, make_conditions, make_jobs, preserved, steps_argument
+from .latents import (
+    Condition,
+    Job,
+    decoder_call,
+    final_latents,
+    find_denoiser,
+    make_conditions,
+    make_jobs,
+    preserved,
+    record_call,
+    steps_argument,
+)
 from .operators import check_filters, find_operators
-from .plan import Modification, Operator, StandInSpec
+from .plan import Modification, Operator, StandInSpec, is_inside
+from .profiling import run
 from .replacements import stand_in_cost
-from .scores import OperatorScore, OperatorScores, RowFile, check_criterion
+from .scores import CRITERIA, OperatorScore, OperatorScores, RowFile, check_criterion
 from .surgery import applied, architecture_of, refuse_wrapped, weights_of
 
 
@@ -44,6 +57,10 @@ class LatentSets:
     def __init__(self, pipe: Any, jobs: Sequence[Job], conditions: int, pooled: bool) -> None:
         self.pipe, self.jobs, self.conditions, self.pooled = pipe, jobs, conditions, pooled
 
+    def of_job(self, i: int) -> torch.Tensor:
+        """What is compared of job `i`: (B, ...) float32 on the CPU."""
+        return final_latents(self.pipe, self.jobs[i].call, self.jobs[i].seeds)
+
     def collect(self, on_job: Callable[[], None] | None = None) -> list[torch.Tensor]:
         """Run every job; one (n, ...) tensor per set.
 
@@ -51,19 +68,52 @@ class LatentSets:
             FloatingPointError: a latent is not finite.
         """
         sets: list[list[torch.Tensor]] = [[] for _ in range(1 if self.pooled else self.conditions)]
-        for job in self.jobs:
-            latents = final_latents(self.pipe, job.call, job.seeds)
+        for i, job in enumerate(self.jobs):
+            latents = self.of_job(i)
             if not torch.isfinite(latents).all():
                 raise FloatingPointError("the final latents are not finite (NaN or infinity)")
             if len(latents) == len(job.condition_ids):
                 parts = list(latents)
             else:  # one call made several latents (num_images_per_prompt, video frames): they belong to its condition
                 parts = [latents] if len(job.condition_ids) == 1 else list(latents.chunk(len(job.condition_ids)))
-            for i, part in zip(job.condition_ids, parts, strict=True):
-                sets[0 if self.pooled else i].append(part)
+            for c, part in zip(job.condition_ids, parts, strict=True):
+                sets[0 if self.pooled else c].append(part)
             if on_job:
                 on_job()
         return [torch.stack(s) for s in sets]
+
+
+class DecodedSets(LatentSets):
+    """What the autoencoder `component` decodes from the final latents: pictures or spectrograms, as the model gives them.
+
+    The latents are made once; only the decoder runs again.
+    """
+
+    def __init__(self, pipe: Any, jobs: Sequence[Job], conditions: int, pooled: bool, component: str) -> None:
+        super().__init__(pipe, jobs, conditions, pooled)
+        self.model: nn.Module = getattr(pipe, component)
+        self.calls = [decoder_call(pipe, component, job.call, job.seeds) for job in jobs]
+
+    def of_job(self, i: int) -> torch.Tensor:
+        output = run(self.model, self.calls[i])
+        sample = (
+            output[0]
+            if isinstance(output, (tuple, list))
+            else output
+            if isinstance(output, torch.Tensor)
+            else output.sample
+        )
+        return sample.detach().to("cpu", torch.float32)
+
+
+def output_sets(
+    pipe: Any, component: str, conditions: Sequence[Condition], seeds: Sequence[int], batch_size: int, pooled: bool
+) -> LatentSets:
+    """The sets that the component is judged by: final latents for a denoiser, what it decodes for an autoencoder."""
+    jobs = make_jobs(pipe, conditions, seeds, batch_size)
+    if record_call(pipe, component, conditions[0]).method == "decode":
+        return DecodedSets(pipe, jobs, len(conditions), pooled, component)
+    return LatentSets(pipe, jobs, len(conditions), pooled)
 
 
 def _modification(operator: Operator, spec: StandInSpec) -> Modification:
@@ -110,13 +160,15 @@ def score_operators(
     standins: str = "all",
     seed: int = 0,
     batch_size: int = 8,
+    given: Iterable[Modification] = (),
     resume_from: Any = None,
     **call_kwargs: Any,
 ) -> OperatorScores:
     """Score every operator of a pipeline's denoiser by how much its removal changes the final latents.
 
     For each operator and stand-in the whole denoising runs again from the same seeds; the latents are compared undecoded
-    (LD-Pruner, sections 2.2 and 2.3). The pipeline is left bit for bit as it was, whatever happens.
+    (LD-Pruner, sections 2.2 and 2.3). The operators of an autoencoder's decoder (`component="vae"`) are scored by the same
+    formulae in the space of its outputs [ours]. The pipeline is left bit for bit as it was, whatever happens.
 
     Args:
         pipe: any `DiffusionPipeline`.
@@ -132,6 +184,8 @@ def score_operators(
         standins: "all" or "paper", as in `find_operators`.
         seed: the first seed.
         batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside).
+        given: modifications that are in place while each operator is scored; the distances are those of all together from
+            the unmodified model. Operators at or inside them are left out; one around some of them takes their place.
         resume_from: path of a file that the rows are written to one by one. If it exists, only what is missing is measured.
         **call_kwargs: arguments for every pipeline call (height, guidance_scale, image, ...).
 
@@ -159,6 +213,7 @@ def score_operators(
         model: nn.Module = getattr(pipe, component)
         refuse_wrapped(model)
         check_filters(model, include, exclude, kinds)
+        given = tuple(given)
         settings: dict[str, Any] = {
             "conditions": [{k: _digest(v) for k, v in c.items()} for c in conditions],
             "seeds": list(range(seed, seed + seeds)),
@@ -168,6 +223,7 @@ def score_operators(
             "scheduler": {"class": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
             "dtype": str(getattr(model, "dtype", "")),
             "device": str(getattr(model, "device", "")),
+            **({"given": {m.path: m.stand_in.name for m in given}} if given else {}),
         }
         scores = OperatorScores(
             (), architecture_of(model), weights_of(model), type(model).__name__, component, settings, criterion
@@ -177,21 +233,26 @@ def score_operators(
             pipe, component=component, include=include, exclude=exclude, kinds=kinds, standins=standins,
             progress=not quiet, **conditions[0],
         )  # fmt: skip
-        todo = [(o, spec) for o in operators for spec in o.stand_ins]
+        free = [o for o in operators if not any(o.path == m.path or is_inside(o.path, m.path) for m in given)]
+        todo = [(o, spec) for o in free for spec in o.stand_ins]
         if not todo:
             raise ValueError(
                 f"none of {len(operators)} selected modules can be replaced; see find_operators for the reasons"
             )
-        jobs = make_jobs(pipe, conditions, settings["seeds"], batch_size)
-        latents = LatentSets(pipe, jobs, len(conditions), pooled)
-        measured = _measure(model, todo, latents, rows, quiet)
+        sets = output_sets(pipe, component, conditions, settings["seeds"], batch_size, pooled)
+        measured = _measure(model, todo, sets, rows, quiet, given)
     return OperatorScores(
         tuple(measured), **{k: getattr(scores, k) for k in scores.__dataclass_fields__ if k != "rows"}
     )
 
 
 def _measure(
-    model: nn.Module, todo: Sequence[tuple[Operator, StandInSpec]], latents: LatentSets, rows: RowFile, quiet: bool
+    model: nn.Module,
+    todo: Sequence[tuple[Operator, StandInSpec]],
+    latents: LatentSets,
+    rows: RowFile,
+    quiet: bool,
+    given: Sequence[Modification],
 ) -> list[OperatorScore]:
     """One row per (operator, stand-in), from the file where it has one."""
     missing = [(o, s) for o, s in todo if (o.path, s.name) not in rows.found]
@@ -202,7 +263,8 @@ def _measure(
         found = dict(rows.found)
         for operator, spec in missing:
             bar.set_postfix_str(operator.path[-40:], refresh=False)
-            row = _measure_one(model, operator, spec, latents, originals)
+            others = [m for m in given if not is_inside(m.path, operator.path)]
+            row = _measure_one(model, operator, spec, latents, originals, others)
             rows.append(row)
             found[row.key] = row
             bar.update()
@@ -211,14 +273,19 @@ def _measure(
 
 
 def _measure_one(
-    model: nn.Module, operator: Operator, spec: StandInSpec, latents: LatentSets, originals: Sequence[torch.Tensor]
+    model: nn.Module,
+    operator: Operator,
+    spec: StandInSpec,
+    latents: LatentSets,
+    originals: Sequence[torch.Tensor],
+    others: Sequence[Modification],
 ) -> OperatorScore:
     start = time.perf_counter()
     avg: list[float] = []
     std: list[float] = []
     error = None
     try:
-        with applied(model, [_modification(operator, spec)]):
+        with applied(model, [*others, _modification(operator, spec)]):
             modified = latents.collect()
         pairs = [latent_distances(a, b) for a, b in zip(originals, modified, strict=True)]
         avg, std = [p[0] for p in pairs], [p[1] for p in pairs]
@@ -232,3 +299,41 @@ def _measure_one(
         params_removed=params_removed, macs_removed=macs_removed, latency_share=operator.latency_share,
         seconds=round(time.perf_counter() - start, 3), error=error,
     )  # fmt: skip
+
+
+def measure_damage(
+    pipe: Any,
+    modifications: Iterable[Modification],
+    conditions: Any = None,
+    *,
+    num_inference_steps: int | None = None,
+    seeds: int = 2,
+    criterion: str = "latent-shift",
+    pooled: bool = False,
+    component: str | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    **call_kwargs: Any,
+) -> float:
+    """What several modifications do together: the score of `score_operators` for all of them at once.
+
+    Args:
+        modifications: a `PruningPlan`, or modifications that do not lie inside each other, of the pipeline as it is.
+        Others: as for `score_operators`.
+
+    Returns:
+        The damage, in units of the criterion; infinite where the outputs of the modified pipeline are not finite.
+    """
+    combine = CRITERIA[check_criterion(criterion)]
+    call_kwargs |= steps_argument(pipe, num_inference_steps)
+    conditions = make_conditions(pipe, conditions, call_kwargs)
+    with preserved(pipe):
+        component = find_denoiser(pipe, component, **conditions[0])
+        sets = output_sets(pipe, component, conditions, range(seed, seed + seeds), batch_size, pooled)
+        originals = sets.collect()
+        with applied(getattr(pipe, component), modifications):
+            try:
+                modified = sets.collect()
+            except FloatingPointError:
+                return math.inf
+    return math.fsum(combine(*latent_distances(a, b)) for a, b in zip(originals, modified, strict=True))

@@ -24,7 +24,7 @@ from .generation import generate, kind_of, spectrograms_to_sounds
 from .metrics import DEFAULT_METRICS, METRICS
 from .results import RESULTS_FILE, Evaluation, Measurement
 from .samples import Samples, open_samples, parquet_bytes, read_parquet
-from .speed import macs_per_image, peak_memory, pipeline_params, size_on_disk, speed_up, time_pipelines
+from .speed import macs_per_image, peak_memory_of_generation, pipeline_params, size_on_disk, speed_up, time_pipelines
 
 AUTO = "auto"
 LABELS = "AB"
@@ -375,8 +375,7 @@ def device_text(device: str, dtype: str) -> str:
 def measure_costs(models: Mapping[str, str], settings: EvaluationSettings) -> list[Measurement]:
     """Params, MACs, size, memory and latency of each pipeline, and the speed-up of the second over the first."""
     pipes = {label: prepare(name, settings) for label, name in models.items()}
-    pick = pick_device(settings.device)
-    device = device_text(pick, settings.dtype)
+    device = device_text(pick_device(settings.device), settings.dtype)
     results = []
 
     def add(label: str, name: str, value: float | None, unit: str = "", **more: Any) -> None:
@@ -401,8 +400,10 @@ def measure_costs(models: Mapping[str, str], settings: EvaluationSettings) -> li
         add(label, "MACs per denoiser call and sample", per_call, details={"conv_linear": conv_linear})
         add(label, "MACs per image", macs_per_image(pipe, call), details={"parts": "everything that one call runs"})
         add(label, "size on disk", _in_millions(size_on_disk(pipe, models[label])), "MB")
-        memory = {"details": {"kind": "growth of a fresh process" if pick == "cpu" else "allocator"}}
-        add(label, "peak memory of a generation", peak_memory(models[label], settings.dtype, pick, call), "MB", **memory)
+        add(
+            label, "peak memory of a generation", peak_memory_of_generation(pipe, call) / 1e6, "MB",
+            details={"counted": "weights and live tensors"},
+        )  # fmt: skip
     timings = time_pipelines(pipes, calls["A" if "A" in calls else "B"], settings.rounds)
     for label, timing in timings.items():
         add(

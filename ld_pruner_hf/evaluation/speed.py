@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,7 @@ import numpy as np
 import torch
 
 from ..latents import call_parameters, find_denoiser, modules_of, preserved, record_call
-from ..loading import load_pipeline
-from ..profiling import count_call_macs, device_of, run, synchronize
+from ..profiling import count_call_macs, device_of, peak_memory_of, run, synchronize
 
 CONFIDENCE = 0.99
 RESAMPLES = 2000
@@ -140,24 +136,7 @@ def size_on_disk(pipe: Any, name: str | None = None) -> int | None:
     return None
 
 
-def peak_memory(name: str, dtype: str, device: str, call: dict[str, Any]) -> float:
-    """Peak memory in 10^6 bytes of one generation of the pipeline, its weights included, in a process of its own.
-
-    On CUDA the allocator's peak; on the CPU the growth of the process's peak resident size since before the pipeline loaded.
-    """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_memory, name, dtype, device, call, torch.get_num_threads()).result()
-
-
-def _peak_memory(name: str, dtype: str, device: str, call: dict[str, Any], threads: int) -> float:
-    torch.set_num_threads(threads)
-    torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))  # what the libraries take for themselves
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pipe = load_pipeline(name, dtype, device)
+def peak_memory_of_generation(pipe: Any, call: dict[str, Any]) -> int:
+    """Bytes of all weights and of the tensors alive while the pipeline makes one sample, at their most; see `profiling.peak_memory`."""
     with preserved(pipe):
-        pipe(**one_sample(pipe, call))
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
-
-
+        return peak_memory_of(lambda: pipe(**one_sample(pipe, call)), modules_of(pipe).values())
