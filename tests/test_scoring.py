@@ -139,7 +139,7 @@ def test_pooled_compares_one_set(pipe):
 def test_latents_go_to_the_set_of_their_condition(pipe):
     conditions = [{"prompt": p, "num_inference_steps": 1} for p in tiny.PROMPTS]
     with preserved(pipe):
-        sets = [LatentSets(pipe, make_jobs(pipe, conditions, [0, 1], n), 3, False).collect() for n in (1, 4)]
+        sets = [LatentSets(pipe, "unet", make_jobs(pipe, conditions, [0, 1], n), 3, False).collect() for n in (1, 4)]
     assert [s.shape for s in sets[0]] == [(2, 4, 8, 8)] * 3
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*sets, strict=True))
 
