@@ -137,7 +137,8 @@ def require_matplotlib() -> Any:
     return Figure
 
 
-def _theme(theme: str) -> dict[str, str]:
+def theme_of(theme: str) -> dict[str, str]:
+    """Colours of a theme; ValueError for an unknown one."""
     if theme not in THEMES:
         raise ValueError(f"theme: got {theme!r}, expected one of {list(THEMES)}")
     return THEMES[theme]
@@ -182,7 +183,7 @@ def importance_figure(scores: OperatorScores, criterion: str | None = None, them
     Raises:
         ValueError: every operator failed. ImportError: matplotlib is not installed.
     """
-    look, figure_class = _theme(theme), require_matplotlib()
+    look, figure_class = theme_of(theme), require_matplotlib()
     criterion = criterion or scores.criterion
     order = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in scores.rows))}
     rows = sorted((r for r in scores.ranked(criterion) if r.error is None), key=lambda r: order[r.path])
@@ -230,7 +231,7 @@ def modified_figure(
     """
     if by not in ("kind", "block") or not plans:
         raise ValueError(f"by: got {by!r}, expected 'kind' or 'block'; plans: got {len(plans)}, expected 1 or more")
-    look, figure_class = _theme(theme), require_matplotlib()
+    look, figure_class = theme_of(theme), require_matplotlib()
 
     def category(path: str, kind: str) -> str:
         return kind if by == "kind" else block_of(path)

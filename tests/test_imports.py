@@ -22,10 +22,10 @@ LEVELS = {
     "scoring": 6,
     "additivity": 7, "planning": 7, "report": 7,
     "pipeline": 8,
-    "demo.job": 9,
-    "cli.common": 10,
+    "demo.job": 9, "benchmark": 9,
+    "cli.common": 10, "curves": 10,
     "cli.output": 11,
-    "cli.demo": 12, "cli.profile": 12, "cli.prune": 12, "cli.score": 12, "cli.show": 12,
+    "cli.additivity": 12, "cli.benchmark": 12, "cli.demo": 12, "cli.profile": 12, "cli.prune": 12, "cli.score": 12, "cli.show": 12,
     "cli": 13,
     "__init__": 14, "__main__": 14,
 }  # fmt: skip

@@ -94,7 +94,9 @@ class ShippedImages:
     @torch.no_grad()
     def perceptual_distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """LPIPS (1801.03924) with this network and equal weights for all channels: (B,)."""
-        pairs = zip(self.net.image.stage_outputs(self._input(a)), self.net.image.stage_outputs(self._input(b)), strict=True)
+        pairs = zip(
+            self.net.image.stage_outputs(self._input(a)), self.net.image.stage_outputs(self._input(b)), strict=True
+        )
         stages = [(F.normalize(x, dim=1) - F.normalize(y, dim=1)).pow(2).sum(1).mean((1, 2)) for x, y in pairs]
         return torch.stack(stages).sum(0).cpu()
 
