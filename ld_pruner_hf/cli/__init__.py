@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..loading import one_line
-from . import demo, profile, prune, score, show
+from . import app, demo, profile, prune, score, show
 
-COMMANDS = (score, prune, profile, demo, show)
+COMMANDS = (score, prune, profile, demo, show, app)
 
 
 class _Parser(argparse.ArgumentParser):
