@@ -20,12 +20,13 @@ LEVELS = {
     "scoring": 5, "presets": 5, "features": 5, "distillation": 5,
     "planning": 6, "report": 6,
     "pipeline": 7,
-    "demo.job": 8,
+    "demo.job": 8, "app.config": 8,
+    "app.compare": 9, "app.page": 10, "app": 11,
     "cli.common": 9,
     "cli.output": 10,
-    "cli.demo": 11, "cli.profile": 11, "cli.prune": 11, "cli.score": 11, "cli.show": 11,
-    "cli": 12,
-    "__init__": 13, "__main__": 13,
+    "cli.app": 12, "cli.demo": 11, "cli.profile": 11, "cli.prune": 11, "cli.score": 11, "cli.show": 11,
+    "cli": 13,
+    "__init__": 14, "__main__": 14,
 }  # fmt: skip
 
 

@@ -6,13 +6,14 @@ Versions share everything but what pruning took out: a pruned denoiser is a seco
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ from ..loading import load_pipeline, pick_device
 from ..modeling import plan_of
 from ..plan import PruningPlan
 from ..planning import make_plan
-from ..profiling import count_macs, synchronize
+from ..profiling import count_macs, device_of, measure_latency, run
 from ..scores import OperatorScores
 from ..selection import innermost
 from ..surgery import align_, apply_plan_, check_plan, count_params
 from .config import SCORES_FILE, AppConfig, ModelEntry
 
 MAX_SEED = 2**31 - 1
+MAX_TURNS = 20
+MEASURING_SECONDS = 1.0  # no further turn begins after it
 BY_SCORE = "least important operators"
 """The version that takes out the k operators with the lowest scores."""
 
@@ -63,12 +66,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a version of the denoiser costs, as measured while it drew.
+    """What a version of the denoiser costs, measured right after it drew.
 
     Attributes:
         params: its parameters. macs: multiply-accumulates of one call for one sample.
         call_ms, call_iqr_ms: median time of a call, and distance of the quartiles, over `calls` calls of `batch_size` samples.
-        seconds: the whole run, with text encoder and decoder.
     """
 
     params: int
@@ -77,7 +79,6 @@ class Cost:
     call_iqr_ms: float
     calls: int
     batch_size: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ class Column:
     """What one version made: pictures, or spectrograms and (samples a second, int16 samples) of the sounds."""
 
     name: str
-    cost: Cost
     images: list[Image.Image]
-    sounds: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    sounds: list[tuple[int, np.ndarray]]
+    cost: Cost
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The columns, the original first; `plan`: what was taken out; `device`: what it was measured on."""
+    """The columns, the original first and a finetuned version last; `plan`: what was taken out; `device`: what ran it."""
 
     request: Request
     columns: list[Column]
@@ -128,7 +129,9 @@ class Model:
         self.takes_prompt = "prompt" in parameters
         self.takes_guidance = "guidance_scale" in parameters
         self.guidance: float = entry.guidance or (parameters["guidance_scale"].default if self.takes_guidance else 1.0)
-        self.is_audio = sample_rate(self.pipe) is not None
+        self.rate = sample_rate(self.pipe)
+        if hasattr(self.pipe, "mel"):  # librosa compiles itself at first use, which takes seconds
+            self.pipe.mel.image_to_audio(Image.new("L", (self.pipe.mel.x_res, self.pipe.mel.y_res)))
         self.scores = self._load_scores()
         self.versions = {v.title: self._load_version(v.plan, v.pipeline) for v in entry.versions}
         if self.scores is None and not self.versions:
@@ -146,16 +149,21 @@ class Model:
         make_plan(self.pipe, 1, scores=scores)  # raises if they are of another model
         return scores
 
-    def _load_version(self, plan_file: str | None, pipeline: str | None) -> tuple[PruningPlan | None, nn.Module | None]:
+    def _load_version(
+        self, plan_file: str | None, pipeline: str | None
+    ) -> tuple[PruningPlan | None, nn.Module | None]:
         """(plan, finetuned denoiser)."""
-        if plan_file is not None:
-            plan, finetuned = PruningPlan.load(plan_file), None
-        else:
-            finetuned = getattr(load_pipeline(str(pipeline), self.entry.dtype, "cpu"), self.component)
+        plan, finetuned = (PruningPlan.load(plan_file) if plan_file else None), None
+        if pipeline is not None:
+            finetuned = getattr(load_pipeline(pipeline, self.entry.dtype, "cpu"), self.component)
             plan = plan_of(finetuned)
         if plan is not None:
             check_plan(self.original, plan)
         return plan, finetuned
+
+    @property
+    def is_audio(self) -> bool:
+        return self.rate is not None
 
     @property
     def max_k(self) -> int:
@@ -206,43 +214,38 @@ class Model:
 # ---- drawing and measuring -------------------------------------------------------------------------------------------
 
 
-class _Meter:
-    """Times every call of a denoiser, and keeps the arguments of the first."""
+@contextmanager
+def watched(denoiser: nn.Module, on_call: Callable[[int], Any]) -> Iterator[list[RecordedCall]]:
+    """Tell `on_call` how many calls of the denoiser have ended; yields a list that takes the arguments of the first."""
+    first: list[RecordedCall] = []
+    ended = itertools.count(1)
 
-    def __init__(self, device: torch.device, on_call: Callable[[int], Any]) -> None:
-        self.device, self.on_call = device, on_call
-        self.times: list[float] = []
-        self.first: RecordedCall | None = None
-        self._started = 0.0
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not first:
+            first.append(RecordedCall(args, dict(kwargs)))
 
-    @contextmanager
-    def watching(self, denoiser: nn.Module) -> Iterator[None]:
-        handles = [
-            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
-            denoiser.register_forward_hook(self._after),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    handles = [
+        denoiser.register_forward_pre_hook(before, with_kwargs=True),
+        denoiser.register_forward_hook(lambda *_: on_call(next(ended))),
+    ]
+    try:
+        yield first
+    finally:
+        for handle in handles:
+            handle.remove()
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.first is None:
-            self.first = RecordedCall(args, dict(kwargs))
-        synchronize(self.device)
-        self._started = time.perf_counter()
 
-    def _after(self, *_: Any) -> None:
-        synchronize(self.device)
-        self.times.append(1e3 * (time.perf_counter() - self._started))
-        self.on_call(len(self.times))
-
-    def median_and_iqr(self) -> tuple[float, float]:
-        """In ms. The first call, in which memory is found and kernels are chosen, counts only if there are few."""
-        times = self.times[1:] if len(self.times) > 3 else self.times
-        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (0.0, 0.0, 0.0)
-        return statistics.median(times), high - low
+def time_in_turns(calls: Sequence[tuple[nn.Module, RecordedCall]]) -> list[list[float]]:
+    """Times of each denoiser's call in ms, at least 3 of them. The denoisers take turns, so that a busy moment hits none alone."""
+    times: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    with torch.no_grad():
+        for turn in range(MAX_TURNS):
+            if turn >= 3 and time.perf_counter() - start > MEASURING_SECONDS:
+                break
+            for own, (denoiser, call) in zip(times, calls, strict=True):
+                own.append(measure_latency(lambda: run(denoiser, call), device_of(denoiser), repeats=1, warmup=0)[0])  # noqa: B023
+    return times
 
 
 def sample_rate(pipe: Any) -> int | None:
@@ -313,7 +316,7 @@ class Comparer:
         return model
 
     def compare(self, request: Request, progress: Progress = lambda share, text: None) -> Comparison:
-        """Draw with every version from the same noise.
+        """Draw with every version from the same noise, then measure them.
 
         Raises:
             ValueError: see `check`.
@@ -323,50 +326,59 @@ class Comparer:
             device = pick_device(self._device)
             model.to(device)
             plan, denoisers = model.denoisers(request.version, request.k)
-            columns: list[Column] = []
+            made, calls = [], []
             for i, (name, denoiser) in enumerate(denoisers.items()):
 
-                def report(call: int, i: int = i, name: str = name) -> None:
-                    share = min(call / request.steps, 1.0)
-                    progress((i + share) / len(denoisers), f"{name}: step {min(call, request.steps)} of {request.steps}")
+                def step(n: int, i: int = i, name: str = name) -> None:
+                    share = (i + min(1.0, n / request.steps)) / len(denoisers)
+                    progress(0.9 * share, f"{name}: step {min(n, request.steps)} of {request.steps}")
 
-                progress(i / len(denoisers), name)
-                columns.append(self._run(model, name, denoiser, request, report))
-        where = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-        return Comparison(request, columns, plan, where)
+                images, sounds, call = self._draw(model, denoiser, request, step)
+                made.append((name, images, sounds))
+                calls.append((denoiser, call))
+            progress(0.9, "measuring")
+            columns = [Column(*m, cost) for m, cost in zip(made, self._measure(calls), strict=True)]
+        return Comparison(request, columns, plan, _device_name(device))
 
-    def _run(
-        self, model: Model, name: str, denoiser: nn.Module, request: Request, on_call: Callable[[int], Any]
-    ) -> Column:
+    def _draw(
+        self, model: Model, denoiser: nn.Module, request: Request, on_step: Callable[[int], Any]
+    ) -> tuple[list[Image.Image], list[tuple[int, np.ndarray]], RecordedCall]:  # fmt: skip
+        """(pictures or spectrograms, sounds, first call of the denoiser)."""
         pipe = copy.copy(model.pipe)
         setattr(pipe, model.component, denoiser)
-        meter = _Meter(next(denoiser.parameters()).device, on_call)
         seeds = range(request.seed, request.seed + request.pictures)
         images: list[Image.Image] = []
-        sounds: list[Any] = []
-        with preserved(pipe):
-            start = time.perf_counter()
-            with meter.watching(denoiser):
-                for job in make_jobs(pipe, [model.call(request)], seeds, len(seeds)):
-                    generators = [torch.Generator("cpu").manual_seed(seed) for seed in job.seeds]
-                    made = pipe(**job.call, generator=generators if len(generators) > 1 else generators[0])
-                    images += made.get("images", [])
-                    sounds += list(made.get("audios", []))
-            seconds = time.perf_counter() - start
-            if not meter.first:
-                raise RuntimeError(f"{request.model}: its {model.component} did not run")
+        waves: list[np.ndarray] = []
+        with preserved(pipe), watched(denoiser, on_step) as calls:
+            for job in make_jobs(pipe, [model.call(request)], seeds, len(seeds)):
+                generators = [torch.Generator("cpu").manual_seed(seed) for seed in job.seeds]
+                output = pipe(**job.call, generator=generators if len(generators) > 1 else generators[0])
+                images += output.get("images", [])
+                waves += [to_int16(sound) for sound in output.get("audios", [])]
+        if not calls:
+            raise RuntimeError(f"{request.model}: its {model.component} did not run")
+        if model.rate is None:
+            return images, [], calls[0]
+        drawn = [ImageOps.flip(image) for image in images] or [spectrogram(wave) for wave in waves]
+        return drawn, [(model.rate, wave) for wave in waves], calls[0]
+
+    def _measure(self, calls: list[tuple[nn.Module, RecordedCall]]) -> list[Cost]:
+        costs = []
+        for (denoiser, call), times in zip(calls, time_in_turns(calls), strict=True):
             if denoiser not in self._macs:
-                self._macs[denoiser] = count_macs(denoiser, meter.first)[0][""]
-        call_ms, iqr = meter.median_and_iqr()
-        cost = Cost(
-            count_params(denoiser), self._macs[denoiser], call_ms, iqr, len(meter.times), meter.first.batch_size, seconds
-        )  # fmt: skip
-        rate = sample_rate(pipe)
-        if rate is None:
-            return Column(name, cost, images)
-        waves = [(rate, to_int16(sound)) for sound in sounds]
-        drawn = [ImageOps.flip(image) for image in images] or [spectrogram(wave) for _, wave in waves]
-        return Column(name, cost, drawn, waves)
+                self._macs[denoiser] = count_macs(denoiser, call)[0][""]
+            low, median, high = statistics.quantiles(times, n=4)
+            costs.append(
+                Cost(count_params(denoiser), self._macs[denoiser], median, high - low, len(times), call.batch_size)
+            )
+        return costs
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' if threads > 1 else ''})" if device == "cpu" else device
 
 
 def _check_whole(name: str, value: Any, low: int, high: int) -> None:

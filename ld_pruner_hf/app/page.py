@@ -25,6 +25,7 @@ LEAD = (
     "The same prompt and the same noise, drawn by a pipeline as it was trained and with its least important operators taken "
     'out by <a href="https://arxiv.org/abs/2404.11936" target="_blank" rel="noopener">LD-Pruner</a>.'
 )
+HINT = '<p class="ld-hint">Nothing made yet: press <b>Compare</b>.</p>'
 SHOWN_SIZE = 512  # pixels; smaller pictures are enlarged to it without smoothing
 KEEP_FILES = (600, 3600)  # seconds: every 10 minutes, files older than an hour are deleted
 BUSY = {"concurrency_id": "device", "concurrency_limit": 1}  # whatever needs the device waits in one line
@@ -37,9 +38,7 @@ def require_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ImportError(
-            "the page needs gradio, which is not installed: pip install 'ld_pruner_hf[app]'"
-        ) from error
+        raise ImportError("the page needs gradio, which is not installed: pip install 'ld_pruner_hf[app]'") from error
     return gradio
 
 
@@ -71,12 +70,12 @@ def coloured(spectrogram: Image.Image) -> Image.Image:
     return grey.convert("RGB")
 
 
-def _number(value: float, unit: str, what: str, before: float | None) -> str:
+def _line(what: str, value: float, unit: str, before: float | None) -> str:
     """A line of a card: a number, the change from the original's, and a bar that shows what is left of it."""
     change = "" if before is None else f"{100 * (value / before - 1):+.0f} %".replace("-", "−")
     bar = min(100.0, 100 * value / (before or value))
     return (
-        f'<div class="ld-line"><span class="ld-what">{html.escape(what)}</span>'
+        f'<div class="ld-line"><span class="ld-what">{what}</span>'
         f'<span class="ld-value">{value:.3g} {unit}<i>{change}</i></span>'
         f'<span class="ld-bar"><span style="width:{bar:.1f}%"></span></span></div>'
     )
@@ -87,19 +86,21 @@ def costs_html(comparison: Comparison) -> str:
     first = comparison.columns[0].cost
     cards = []
     for i, column in enumerate(comparison.columns):
-        c, before = column.cost, first if i else None
         lines = [
-            _number(c.params / 1e6, "M", "Parameters", before and before.params / 1e6),
-            _number(c.macs / 1e9, "G", "MACs of one call", before and before.macs / 1e9),
-            _number(c.call_ms, "ms", "Time of one call", before and before.call_ms),
-            _number(c.seconds, "s", "Time in all", before and before.seconds),
+            _line(what, getattr(column.cost, name) * scale, unit, getattr(first, name) * scale if i else None)
+            for what, name, scale, unit in (
+                ("Parameters", "params", 1e-6, "M"),
+                ("MACs of one call", "macs", 1e-9, "G"),
+                ("Time of one call", "call_ms", 1, "ms"),
+            )
         ]
         cards.append(f'<div class="ld-card"><h3>{html.escape(column.name)}</h3>{"".join(lines)}</div>')
     spread = " and ".join(f"{column.cost.call_iqr_ms:.2g}" for column in comparison.columns)
+    samples = f"{first.batch_size} sample{'s' if first.batch_size > 1 else ''}"
     note = (
-        f"Measured on this {html.escape(comparison.device)} just now. A call is one step of the denoiser with {first.batch_size} samples: the "
-        f"median of {first.calls} calls, whose quartiles lie {spread} ms apart. A smaller difference in time says nothing. MACs: "
-        "multiply-accumulates for one sample."
+        f"Measured just now on {html.escape(comparison.device)}. A call is one step of the denoiser with {samples}; the versions took "
+        f"turns, {first.calls} calls each. Shown is the median; the quartiles lie {spread} ms apart, and a smaller difference says "
+        "nothing. MACs: multiply-accumulates for one sample."
     )
     return f'<div class="ld-cards">{"".join(cards)}</div><p class="ld-note">{note}</p>{_removed(comparison.plan)}'
 
@@ -159,14 +160,11 @@ class _Tab:
         with gr.Row(elem_classes="ld-main"):
             with gr.Column(scale=2, min_width=290):
                 self._controls(names, first, kind)
-            with gr.Column(scale=5, min_width=300, elem_classes="ld-results"):
+            with gr.Column(scale=5, min_width=300):
                 if self.is_audio:
-                    self._sound_results()
+                    self._sound_results(kind)
                 else:
-                    self._picture_results()
-                self.costs = gr.HTML(
-                    '<p class="ld-hint">Nothing drawn yet: press <b>Compare</b>.</p>', elem_id=f"costs-{kind}"
-                )
+                    self._picture_results(kind)
                 with gr.Accordion("Which operators matter", open=False):
                     self.figure = gr.HTML(figure(names[0]), elem_id=f"importance-{kind}")
         self._events()
@@ -200,34 +198,45 @@ class _Tab:
                 0, 30, value=first.guidance, step=0.5, label="Guidance", visible=first.takes_guidance, elem_id=f"guidance-{kind}"
             )  # fmt: skip
             self.pictures = gr.Slider(
-                1, max(limits.pictures, 2), value=1, step=1, label="Pictures of each, from seed on",
+                1, max(limits.pictures, 2), value=1 if self.is_audio else min(2, limits.pictures), step=1, label="Pictures of each",
+                info="seeds from the one above on",
                 visible=not self.is_audio and limits.pictures > 1, elem_id=f"count-{kind}",
             )  # fmt: skip
         self.button = gr.Button("Compare", variant="primary", size="lg", elem_id=f"compare-{kind}")
 
-    def _picture_results(self) -> None:
+    def _costs(self, kind: str) -> Any:
+        return self.gr.HTML(HINT, elem_id=f"costs-{kind}")
+
+    def _picture_results(self, kind: str) -> None:
         gr = self.gr
-        self.slider = gr.ImageSlider(
-            label="Original (left) and pruned (right): drag the line", format="png", interactive=False, max_height=520, elem_id="slider"
-        )  # fmt: skip
+        with gr.Row():
+            with gr.Column(scale=3, min_width=290):
+                self.slider = gr.ImageSlider(
+                    label="Original | pruned", format="png", interactive=False, max_height=480, elem_id="slider",
+                    elem_classes="ld-pixels",
+                )  # fmt: skip
+            with gr.Column(scale=2, min_width=240):
+                self.costs = self._costs(kind)
         self.gallery = gr.Gallery(
-            label="Side by side", format="png", columns=2, object_fit="contain", height="auto", interactive=False, elem_id="grid",
-            visible=False,
+            label="Side by side", format="png", columns=4, object_fit="contain", height="auto", interactive=False, elem_id="grid",
+            elem_classes="ld-pixels", visible=False,
         )  # fmt: skip
         self.results = [self.slider, self.gallery]
 
-    def _sound_results(self) -> None:
+    def _sound_results(self, kind: str) -> None:
         """Three places: original, pruned, finetuned."""
         gr = self.gr
         self.results = []
         with gr.Row():
-            for i in range(3):
+            for i, name in enumerate(("Original", "Pruned", "Finetuned")):
                 with gr.Column(min_width=220, visible=i < 2) as place:
                     image = gr.Image(
-                        format="png", label=("Original", "Pruned", "Finetuned")[i], interactive=False, elem_id=f"spectrogram-{i}"
+                        format="png", label=name, interactive=False, elem_id=f"spectrogram-{i}", buttons=["download", "fullscreen"],
+                        elem_classes="ld-pixels",
                     )  # fmt: skip
                     audio = gr.Audio(label="Sound", interactive=False, buttons=["download"], elem_id=f"audio-{i}")
                 self.results += [place, image, audio]
+        self.costs = self._costs(kind)
 
     def _events(self) -> None:
         gr = self.gr
@@ -262,14 +271,17 @@ class _Tab:
             for i in range(comparison.request.pictures)
             for column in columns
         ]
-        label = f"{columns[0].name} (left) and {columns[-1].name} (right): drag the line"
-        slider = gr.ImageSlider(value=(shown(columns[0].images[0]), shown(columns[-1].images[0])), label=label)
-        return [slider, gr.Gallery(value=pairs, columns=len(columns), visible=True)]
+        ends = columns[0], columns[-1]
+        slider = gr.ImageSlider(
+            value=tuple(shown(c.images[0]) for c in ends), label=" | ".join(c.name for c in ends)
+        )  # fmt: skip
+        across = len(columns) * min(2, comparison.request.pictures)
+        return [slider, gr.Gallery(value=pairs, columns=across, visible=True)]
 
     def _fill_sounds(self, comparison: Comparison) -> list[Any]:
         gr = self.gr
         filled: list[Any] = []
-        for i in range(len(self.results) // 3):
+        for i in range(3):
             column = comparison.columns[i] if i < len(comparison.columns) else None
             filled += [gr.Column(visible=column is not None), *self._sound(column)]
         return filled
@@ -283,7 +295,7 @@ class _Tab:
         """The controls with the model's own settings; the results of the one before are cleared."""
         gr, model = self.gr, self.comparer.models[name]
         entry = model.entry
-        empty = [gr.Column(), None, None] * (len(self.results) // 3) if self.is_audio else [None, gr.Gallery(visible=False)]
+        cleared = [gr.Column(), None, None] * 3 if self.is_audio else [None, gr.Gallery(visible=False)]
         return [
             gr.Textbox(value=next(iter(entry.examples), ""), visible=model.takes_prompt),
             gr.Dataset(samples=[[e] for e in entry.examples], visible=model.takes_prompt and bool(entry.examples)),
@@ -292,8 +304,8 @@ class _Tab:
             entry.steps,
             gr.Slider(value=model.guidance, visible=model.takes_guidance),
             self.figure_of(name),
-            '<p class="ld-hint">Nothing drawn yet: press <b>Compare</b>.</p>',
-            *empty,
+            HINT,
+            *cleared,
         ]  # fmt: skip
 
 
@@ -316,12 +328,12 @@ def _endpoint(gr: Any, page: Any, comparer: Comparer, run: Callable[..., Compari
 
     def compare(
         model: str = next(iter(comparer.models)), prompt: str = "", version: str = BY_SCORE, k: int = 40, seed: int = 0,
-        steps: int = 15, guidance: float = 3.0, pictures: int = 1,
+        steps: int = 20, guidance: float = 3.0, pictures: int = 1,
     ) -> dict:  # fmt: skip
         """Draw with the original and the pruned (and finetuned) pipeline from the same prompt and noise.
 
         Returns a JSON object: `columns`, the original first, each with `name`, `cost` (params, macs, call_ms, call_iqr_ms, calls,
-        batch_size, seconds) and `files` (PNG pictures; for sounds PNG spectrograms, then WAV); `operators` that were taken out; and
+        batch_size) and `files` (PNG pictures; for sounds PNG spectrograms, then WAV); `operators` that were taken out; and
         the `device` that it was measured on.
         """
         request = Request(model, prompt, version, k, seed, steps, guidance, pictures)
@@ -344,7 +356,12 @@ def _look(gr: Any) -> dict[str, Any]:
     theme = gr.themes.Base(
         primary_hue=blue, secondary_hue=blue, neutral_hue=gr.themes.colors.slate, radius_size=gr.themes.sizes.radius_md,
         font=("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"), font_mono=("ui-monospace", "Consolas", "monospace"),
-    ).set(button_primary_text_color="white", button_primary_background_fill="*primary_500")  # fmt: skip
+    ).set(
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400", block_label_text_color="*neutral_600",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_400", button_primary_background_fill="*primary_500",
+        button_primary_background_fill_hover="*primary_600", button_primary_background_fill_dark="*primary_500",
+        button_primary_background_fill_hover_dark="*primary_400", button_primary_text_color="white",
+    )  # fmt: skip
     return {"theme": theme, "css": resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")}
 
 
@@ -379,8 +396,15 @@ def build_page(comparer: Comparer) -> Any:
                 with gr.Tab(kind, elem_id=f"tab-{kind.lower()}"):
                     _Tab(comparer, run, names, figure)
             with gr.Tab("From Python"):
-                gr.Markdown("The page has one endpoint for programs; it waits in the same queue, within the same limits.")
-                gr.Code(_usage(next(iter(comparer.models.values()))), language="python", interactive=False, label="gradio_client")
+                gr.Markdown(
+                    "The page has one endpoint for programs; it waits in the same queue, within the same limits."
+                )
+                gr.Code(
+                    _usage(next(iter(comparer.models.values()))),
+                    language="python",
+                    interactive=False,
+                    label="gradio_client",
+                )
     return page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
 
 
@@ -402,7 +426,9 @@ def launch(
     page.block_thread()
 
 
-def serve(page: Any, host: str | None = None, port: int | None = None, open_browser: bool = False) -> tuple[Any, str, str]:
+def serve(
+    page: Any, host: str | None = None, port: int | None = None, open_browser: bool = False
+) -> tuple[Any, str, str]:
     """Start the server of a page and return at once: (app, local URL, shared URL). It takes no files and shows no traceback."""
     return page.launch(
         server_name=host, server_port=port, inbrowser=open_browser, prevent_thread_lock=True, quiet=True, share=False, show_error=False,
