@@ -52,6 +52,40 @@ def demo_pipe() -> Any:
     return tiny.quiet(ld_pruner_hf.demo.load("emoji"))
 
 
+@pytest.fixture(scope="session")
+def app_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a page offers in the tests: a pipeline that draws, with two further versions, and one that makes sounds."""
+    from ld_pruner_hf.app import load_config
+
+    folder = tmp_path_factory.mktemp("app")
+    pipe = tiny.stable_diffusion()
+    pipe.save_pretrained(folder / "pipe")
+    pipe.score("red heart", num_inference_steps=1, guidance_scale=1.0, kinds=["Conv2d"]).save(folder / "scores.jsonl")
+    ld_pruner_hf.make_plan(pipe, 2, scores=folder / "scores.jsonl").save(folder / "plan.json")
+    pipe.prune(4, scores=folder / "scores.jsonl")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += 0.1  # what finetuning may have changed
+    pipe.save_pretrained(folder / "tuned")
+    sounds = tiny.audio_diffusion()
+    sounds.save_pretrained(folder / "sounds")
+    sounds.score(num_inference_steps=1, kinds=["Conv2d"]).save(folder / "sounds" / "scores.jsonl")
+    (folder / "app.yaml").write_text(
+        """
+        models:
+          - pipeline: pipe
+            title: Tiny
+            scores: scores.jsonl
+            versions: [{title: by hand, plan: plan.json}, {title: tuned, pipeline: tuned}]
+            steps: 2
+            guidance: 2
+            k: 3
+            examples: [red heart, cat face]
+          - {pipeline: sounds, title: Tones, steps: 2, k: 2}
+        """
+    )
+    return load_config(folder / "app.yaml")
+
+
 @pytest.fixture
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a script in a fresh process: `python(script, *arguments)`."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    AudioDiffusionPipeline,
     AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
@@ -18,6 +19,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     LDMPipeline,
+    Mel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -152,6 +154,14 @@ def ldm() -> LDMPipeline:
         num_vq_embeddings=16,
     ).eval()
     return quiet(LDMPipeline(vqvae=autoencoder, unet=unconditional_unet(), scheduler=scheduler()))
+
+
+def audio_diffusion() -> AudioDiffusionPipeline:
+    """Sounds of 0.25 s by way of 8x8 mel spectrograms; needs librosa."""
+    torch.manual_seed(0)
+    denoiser = UNet2DModel(**{**UNCONDITIONAL_UNET, "in_channels": 1, "out_channels": 1}).eval()
+    mel = Mel(x_res=8, y_res=8, sample_rate=8000, n_fft=512, hop_length=256, n_iter=2)
+    return quiet(AudioDiffusionPipeline(vqvae=None, unet=denoiser, mel=mel, scheduler=scheduler()))
 
 
 def dit() -> DiTPipeline:

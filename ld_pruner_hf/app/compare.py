@@ -297,6 +297,9 @@ class Comparer:
         Raises:
             ValueError: what is asked for is not in the config, or beyond its limits.
         """
+        for name, text in (("Model", request.model), ("Prompt", request.prompt), ("Version", request.version)):
+            if not isinstance(text, str):
+                raise ValueError(f"{name}: got {text!r}, expected text.")
         if request.model not in self.models:
             raise ValueError(f"Model: got {request.model!r}, expected one of {list(self.models)}.")
         model, limits = self.models[request.model], self.config.limits
