@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""})
@@ -84,6 +88,43 @@ def app_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
         """
     )
     return load_config(folder / "app.yaml")
+
+
+@dataclass(frozen=True)
+class AppServer:
+    """A running `ld-pruner app`: its address, and the folders that it may and may not write to."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    temp: Path
+    cwd: Path
+    log: Path
+
+
+@pytest.fixture(scope="session")
+def app_server(app_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
+    """`ld-pruner app` in a process of its own, with a token in its environment that must not get out."""
+    folder = tmp_path_factory.mktemp("server")
+    temp, cwd, log = folder / "temp", folder / "cwd", folder / "log"
+    cwd.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = Path(app_config.models[0].pipeline).parent / "app.yaml"
+    command = [sys.executable, "-m", "ld_pruner_hf", "app", "--config", str(config), "--port", str(port)]
+    root = str(Path(__file__).parent.parent)
+    env = {**os.environ, "GRADIO_TEMP_DIR": str(temp), "HF_TOKEN": "hf_SecretOfTheTests", "PYTHONPATH": root}
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=out)
+    try:
+        until = time.monotonic() + 180
+        while "the page is at" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+        yield AppServer(f"http://127.0.0.1:{port}", process, temp, cwd, log)
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 @pytest.fixture

@@ -417,9 +417,12 @@ def launch(
         device: "auto", "cpu", "cuda", ... host, port: default: gradio's, 127.0.0.1 and the first free port from 7860 on.
 
     Raises:
-        ValueError: a pipeline of the config cannot be offered. OSError: the port is taken. ImportError: no gradio.
+        ValueError: a pipeline of the config cannot be offered; no such port or device. OSError: the port is taken.
+        ImportError: no gradio.
     """
     require_gradio()
+    if port is not None and not 0 < port < 2**16:
+        raise ValueError(f"port: got {port}, expected 1 to 65535")
     page = build_page(Comparer(config, device))
     _, url, _ = serve(page, host=host, port=port, open_browser=open_browser)
     print(f"the page is at {url} (Ctrl-C ends it)", flush=True)
