@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+from serving import AppServer, serving
 
 import ld_pruner_hf
 
@@ -64,7 +62,9 @@ def app_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("app")
     pipe = tiny.stable_diffusion()
     pipe.save_pretrained(folder / "pipe")
-    pipe.score("red heart", num_inference_steps=1, guidance_scale=1.0, kinds=["Conv2d"]).save(folder / "scores.jsonl")
+    pipe.score("red heart", num_inference_steps=1, guidance_scale=1.0, include=["*.conv1", "*.conv2"]).save(
+        folder / "scores.jsonl"
+    )
     ld_pruner_hf.make_plan(pipe, 2, scores=folder / "scores.jsonl").save(folder / "plan.json")
     pipe.prune(4, scores=folder / "scores.jsonl")
     with torch.no_grad():
@@ -72,7 +72,7 @@ def app_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pipe.save_pretrained(folder / "tuned")
     sounds = tiny.audio_diffusion()
     sounds.save_pretrained(folder / "sounds")
-    sounds.score(num_inference_steps=1, kinds=["Conv2d"]).save(folder / "sounds" / "scores.jsonl")
+    sounds.score(num_inference_steps=1, include=["*.conv1"]).save(folder / "sounds" / "scores.jsonl")
     (folder / "app.yaml").write_text(
         """
         models:
@@ -90,41 +90,16 @@ def app_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_config(folder / "app.yaml")
 
 
-@dataclass(frozen=True)
-class AppServer:
-    """A running `ld-pruner app`: its address, and the folders that it may and may not write to."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-    temp: Path
-    cwd: Path
-    log: Path
-
-
 @pytest.fixture(scope="session")
 def app_server(app_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppServer]:
     """`ld-pruner app` in a process of its own, with a token in its environment that must not get out."""
-    folder = tmp_path_factory.mktemp("server")
-    temp, cwd, log = folder / "temp", folder / "cwd", folder / "log"
-    cwd.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     config = Path(app_config.models[0].pipeline).parent / "app.yaml"
-    command = [sys.executable, "-m", "ld_pruner_hf", "app", "--config", str(config), "--port", str(port)]
-    root = str(Path(__file__).parent.parent)
-    env = {**os.environ, "GRADIO_TEMP_DIR": str(temp), "HF_TOKEN": "hf_SecretOfTheTests", "PYTHONPATH": root}
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=out)
-    try:
-        until = time.monotonic() + 180
-        while "the page is at" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < until, log.read_text()
-            time.sleep(0.2)
-        yield AppServer(f"http://127.0.0.1:{port}", process, temp, cwd, log)
-    finally:
-        process.terminate()
-        process.wait(30)
+    cwd, root = tmp_path_factory.mktemp("cwd"), str(Path(__file__).parent.parent)
+    arguments = ["-m", "ld_pruner_hf", "app", "--config", str(config)]
+    with serving(
+        arguments, cwd, tmp_path_factory.mktemp("server"), HF_TOKEN="hf_SecretOfTheTests", PYTHONPATH=root
+    ) as server:
+        yield server
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def test_sounds_have_players_and_spectrograms(open_page):
     assert len(set(sources(page, "#spectrogram-0 img, #spectrogram-1 img"))) == 2
     for i in (0, 1):
         player = page.locator(f"#audio-{i}")
-        player.get_by_role("button", name="Play").wait_for()
+        player.get_by_role("button", name="Play", exact=True).wait_for()
         seconds = page.evaluate(
             "async url => { const c = new AudioContext(); const r = await fetch(url); "
             "return (await c.decodeAudioData(await r.arrayBuffer())).duration }",

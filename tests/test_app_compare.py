@@ -190,7 +190,7 @@ def test_progress_only_grows(comparer):
     told = []
     comparer.compare(REQUEST, lambda share, text: told.append((share, text)))
     shares = [share for share, _ in told]
-    assert shares == sorted(shares) and 0 < shares[0] and shares[-1] <= 1
+    assert shares == sorted(shares) and shares[0] > 0 and shares[-1] <= 1
     assert "Original: step 1 of 2" in dict(map(reversed, told)) and told[-1][1] == "measuring"
 
 

@@ -95,12 +95,11 @@ def costs_html(comparison: Comparison) -> str:
             )
         ]
         cards.append(f'<div class="ld-card"><h3>{html.escape(column.name)}</h3>{"".join(lines)}</div>')
-    spread = " and ".join(f"{column.cost.call_iqr_ms:.2g}" for column in comparison.columns)
+    spread = ", ".join(f"{column.cost.call_iqr_ms:.2g}" for column in comparison.columns)
     samples = f"{first.batch_size} sample{'s' if first.batch_size > 1 else ''}"
     note = (
-        f"Measured just now on {html.escape(comparison.device)}. A call is one step of the denoiser with {samples}; the versions took "
-        f"turns, {first.calls} calls each. Shown is the median; the quartiles lie {spread} ms apart, and a smaller difference says "
-        "nothing. MACs: multiply-accumulates for one sample."
+        f"Measured just now on {html.escape(comparison.device)}: the median of {first.calls} calls of the denoiser with {samples}, in turns. "
+        f"The quartiles lie {spread} ms apart; a smaller difference says nothing. MACs: multiply-accumulates for one sample."
     )
     return f'<div class="ld-cards">{"".join(cards)}</div><p class="ld-note">{note}</p>{_removed(comparison.plan)}'
 
