@@ -246,5 +246,5 @@ def test_on_a_phone_nothing_scrolls_sideways(open_page):
     page.locator("#compare-sounds").wait_for()
     assert sideways(page) == 0
     page.get_by_role("tab", name="From Python").click()
-    page.get_by_text("gradio_client").first.wait_for()
+    page.locator("#usage").get_by_text("gradio_client").first.wait_for()
     assert sideways(page) == 0

@@ -36,6 +36,7 @@ from ..surgery import align_, apply_plan_, check_plan, count_params
 from .config import SCORES_FILE, AppConfig, ModelEntry
 
 MAX_SEED = 2**31 - 1
+MAX_GUIDANCE = 30
 MAX_TURNS = 20
 MEASURING_SECONDS = 1.0  # no further turn begins after it
 BY_SCORE = "least important operators"
@@ -314,8 +315,8 @@ class Comparer:
         _check_whole("Pictures", request.pictures, 1, limits.pictures)
         if request.version == BY_SCORE:
             _check_whole("Operators", request.k, 1, model.max_k)
-        if not isinstance(request.guidance, (int, float)) or not 0 <= request.guidance <= 30:
-            raise ValueError(f"Guidance: got {request.guidance!r}, expected a number from 0 to 30.")
+        if not isinstance(request.guidance, (int, float)) or not 0 <= request.guidance <= MAX_GUIDANCE:
+            raise ValueError(f"Guidance: got {request.guidance!r}, expected a number from 0 to {MAX_GUIDANCE}.")
         return model
 
     def compare(self, request: Request, progress: Progress = lambda share, text: None) -> Comparison:

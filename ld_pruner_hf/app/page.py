@@ -6,7 +6,7 @@ import html
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import lru_cache
 from importlib import resources
@@ -17,7 +17,7 @@ from PIL import Image
 from .. import report
 from ..loading import one_line
 from ..plan import PruningPlan
-from .compare import BY_SCORE, MAX_SEED, Column, Comparer, Comparison, Model, Request
+from .compare import BY_SCORE, MAX_GUIDANCE, MAX_SEED, Column, Comparer, Comparison, Model, Request
 from .config import AppConfig
 
 TITLE = "What can a diffusion model do without?"
@@ -194,7 +194,7 @@ class _Tab:
                 1, limits.steps, value=entry.steps, step=1, label="Denoising steps", elem_id=f"steps-{kind}"
             )
             self.guidance = gr.Slider(
-                0, 30, value=first.guidance, step=0.5, label="Guidance", visible=first.takes_guidance, elem_id=f"guidance-{kind}"
+                0, MAX_GUIDANCE, value=first.guidance, step=0.5, label="Guidance", visible=first.takes_guidance, elem_id=f"guidance-{kind}"
             )  # fmt: skip
             self.pictures = gr.Slider(
                 1, max(limits.pictures, 2), value=1 if self.is_audio else min(2, limits.pictures), step=1, label="Pictures of each",
@@ -331,9 +331,7 @@ def _endpoint(gr: Any, page: Any, comparer: Comparer, run: Callable[..., Compari
     ) -> dict:  # fmt: skip
         """Draw with the original and the pruned (and finetuned) pipeline from the same prompt and noise.
 
-        Returns a JSON object: `columns`, the original first, each with `name`, `cost` (params, macs, call_ms, call_iqr_ms, calls,
-        batch_size) and `files` (PNG pictures; for sounds PNG spectrograms, then WAV); `operators` that were taken out; and
-        the `device` that it was measured on.
+        Returns a JSON object: `columns`, the original first, each with `name`, `cost` and `files`; `operators`; `device`.
         """
         request = Request(model, prompt, version, k, seed, steps, guidance, pictures)
         comparison = answer(run, request, silent)
@@ -364,13 +362,42 @@ def _look(gr: Any) -> dict[str, Any]:
     return {"theme": theme, "css": resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")}
 
 
-def _usage(example: Model) -> str:
-    prompt = f'    prompt="{next(iter(example.entry.examples), "")}",\n' if example.takes_prompt else ""
-    return (
-        'from gradio_client import Client\n\nclient = Client("http://127.0.0.1:7860")   # or "user/space"\n'
-        f'result = client.predict(\n    model="{example.entry.name}",\n{prompt}    k=80,\n    seed=0,\n    api_name="/compare",\n)\n'
-        'for column in result["columns"]:\n    print(column["name"], column["cost"], column["files"])'
-    )
+def _usage(comparer: Comparer) -> str:
+    """How a program asks for the same, as Markdown."""
+    models, limits = comparer.models, comparer.config.limits
+    first = next(iter(models.values()))
+    prompt = f'prompt="{next(iter(first.entry.examples), "")}", ' if first.takes_prompt else ""
+    versions = list(dict.fromkeys(choice for model in models.values() for choice in model.choices))
+    return f"""
+The page has one endpoint for programs: the same queue, the same limits.
+
+```python
+from gradio_client import Client
+
+client = Client("http://127.0.0.1:7860")   # or "user/space"
+result = client.predict(model="{first.entry.name}", {prompt}k={first.entry.k}, api_name="/compare")
+for column in result["columns"]:
+    print(column["name"], column["cost"], column["files"])
+```
+
+| argument | what it is |
+|---|---|
+| `model` | {_quoted(models)} |
+| `prompt` | up to {limits.prompt} characters, where the model takes a prompt |
+| `version` | {_quoted(versions)} |
+| `k` | how many operators to take out |
+| `seed` | of the first picture |
+| `steps` | 1 to {limits.steps} |
+| `guidance` | 0 to {MAX_GUIDANCE}, where the model takes it |
+| `pictures` | 1 to {limits.pictures} |
+
+The result holds `columns`, the original first, each with `name`, `cost` (`params`, `macs`, `call_ms`, `call_iqr_ms`, `calls`, `batch_size`) and
+`files`: PNG pictures, or for sounds PNG spectrograms and then WAV; `operators` that were taken out; and the `device`.
+"""
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f'`"{name}"`' for name in names)
 
 
 def build_page(comparer: Comparer) -> Any:
@@ -395,15 +422,7 @@ def build_page(comparer: Comparer) -> Any:
                 with gr.Tab(kind, elem_id=f"tab-{kind.lower()}"):
                     _Tab(comparer, run, names, figure)
             with gr.Tab("From Python"):
-                gr.Markdown(
-                    "The page has one endpoint for programs; it waits in the same queue, within the same limits."
-                )
-                gr.Code(
-                    _usage(next(iter(comparer.models.values()))),
-                    language="python",
-                    interactive=False,
-                    label="gradio_client",
-                )
+                gr.Markdown(_usage(comparer), elem_id="usage")
     return page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
 
 
@@ -434,5 +453,6 @@ def serve(
     """Start the server of a page and return at once: (app, local URL, shared URL). It takes no files and shows no traceback."""
     return page.launch(
         server_name=host, server_port=port, inbrowser=open_browser, prevent_thread_lock=True, quiet=True, share=False, show_error=False,
-        ssr_mode=False, max_file_size="1kb", run_history=False, footer_links=["api"], **_look(require_gradio()),
+        ssr_mode=False, max_file_size="1kb", run_history=False, enable_monitoring=False, footer_links=["api"],
+        **_look(require_gradio()),
     )  # fmt: skip
