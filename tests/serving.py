@@ -35,7 +35,7 @@ def serving(arguments: Sequence[str], cwd: Path, folder: Path, **env: str) -> It
     with log.open("wb") as out:
         process = subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, stdout=out, stderr=out)
     try:
-        until = time.monotonic() + 180
+        until = time.monotonic() + 400
         while "the page is at" not in log.read_text():
             assert process.poll() is None and time.monotonic() < until, log.read_text()
             time.sleep(0.2)

@@ -357,7 +357,7 @@ def _look(gr: Any) -> dict[str, Any]:
         body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400", block_label_text_color="*neutral_600",
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_400", button_primary_background_fill="*primary_500",
         button_primary_background_fill_hover="*primary_600", button_primary_background_fill_dark="*primary_500",
-        button_primary_background_fill_hover_dark="*primary_400", button_primary_text_color="white",
+        button_primary_background_fill_hover_dark="*primary_600", button_primary_text_color="white",
     )  # fmt: skip
     return {"theme": theme, "css": resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")}
 
