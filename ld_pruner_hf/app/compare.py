@@ -29,7 +29,7 @@ from ..loading import load_pipeline, pick_device
 from ..modeling import plan_of
 from ..plan import PruningPlan
 from ..planning import make_plan
-from ..profiling import count_macs, device_of, measure_latency, run
+from ..profiling import count_macs, device_of, measure_latency, processor_name, run
 from ..scores import OperatorScores
 from ..selection import innermost
 from ..surgery import align_, apply_plan_, check_plan, count_params
@@ -382,7 +382,7 @@ def _device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"CPU ({threads} thread{'s' if threads > 1 else ''})" if device == "cpu" else device
+    return f"{processor_name()} ({threads} thread{'s' if threads > 1 else ''})" if device == "cpu" else device
 
 
 def _check_whole(name: str, value: Any, low: int, high: int) -> None:

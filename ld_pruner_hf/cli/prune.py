@@ -7,9 +7,13 @@ import re
 from pathlib import Path
 
 from ..loading import load_pipeline
-from ..pipeline import make_plan, profile, prune
+from ..pipeline import check_goals, profile, prune
 from ..plan import PruningPlan
+from ..planning import SCORING_ONLY
+from ..presets import PRESETS
 from ..scores import OperatorScores
+from ..selection import METHODS
+from ..stock import StockRecord
 from .common import ROWS_FILE, add_pipeline, add_scoring, call_arguments, scoring_arguments
 from .output import check_output, save_into
 
@@ -17,9 +21,27 @@ NAME = "prune"
 HELP = "take operators out and save the pipeline"
 
 
+BUDGETS = ("params", "macs", "latency", "memory")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline(parser)
-    parser.add_argument("target", metavar="K|PLAN.json", help="how many operators to take out, or a pruning plan")
+    parser.add_argument(
+        "target", metavar="K|PLAN.json|PRESET", nargs="?", help="how many operators to take out, a pruning plan, or the name of a "
+        f"hand-made one ({', '.join(PRESETS)}); or give a budget instead",
+    )  # fmt: skip
+    for unit, what in zip(BUDGETS, ("parameters", "MACs", "latency, measured here", "peak memory"), strict=True):
+        parser.add_argument(f"--{unit}", type=float, metavar="SHARE", help=f"take away this share of the {what}: 0.3")
+    parser.add_argument(
+        "--method",
+        choices=[*METHODS, "rounds"],
+        help="how to choose; default: top-k for K, knapsack for a budget",
+    )
+    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="rounds of --method rounds")
+    parser.add_argument(
+        "--fit", nargs="?", const=True, default=False, choices=["affine"], help="fit the stand-ins to the operators in closed form; "
+        "affine: identities and zeros too",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="folder for the pruned pipeline and its plan"
     )
@@ -31,34 +53,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_scoring(parser)
 
 
-def _target(text: str) -> int | PruningPlan:
-    """K or the path of a plan."""
+def _target(text: str | None) -> int | str | PruningPlan | None:
+    """K, the name of a preset, or the plan in a file."""
+    if text is None or text in PRESETS:
+        return text
     return int(text) if re.fullmatch(r"[+-]?\d+", text) else PruningPlan.load(text)
 
 
 def run(args: argparse.Namespace) -> None:
     target = _target(args.target)
-    if isinstance(target, PruningPlan) and (args.scores or args.criterion):
+    goals = {unit: getattr(args, unit) for unit in BUDGETS} | {"method": args.method, "rounds": args.rounds}
+    check_goals(target, goals, args.fit)
+    named = isinstance(target, (str, PruningPlan))
+    if named and (args.scores or args.criterion):
         raise ValueError(
-            "--scores and --criterion choose operators; the plan already names them, leave these options out"
+            "--scores and --criterion choose operators; a plan or preset names them already, leave these options out"
         )
     if Path(args.pipeline).is_dir() and Path(args.pipeline).resolve() == Path(args.output).resolve():
         raise ValueError(
             f"{args.output}: the output folder is the pipeline itself, which would be lost; choose another"
         )
     how = scoring_arguments(args)
-    given = OperatorScores.load(args.scores) if args.scores else None
+    if args.scores:
+        goals["scores"] = OperatorScores.load(args.scores)
     folder = check_output(Path(args.output), args.overwrite)
     pipe = load_pipeline(args.pipeline, args.dtype, args.device)
-    if not isinstance(target, PruningPlan):
-        scoring = {} if given else {**how, "resume_from": folder / ROWS_FILE}
-        target = make_plan(pipe, target, scores=given, criterion=args.criterion, component=args.component, **scoring)
+    if named or args.scores:
+        how = {name: value for name, value in how.items() if name not in SCORING_ONLY}
+    else:
+        how["resume_from"] = folder / ROWS_FILE
     call = {"prompt": how["conditions"][0]} if how["conditions"] else {}
-    call |= call_arguments(args)
-    measuring = {"component": target.component or args.component, "repeats": args.repeats, **call}
+    component = args.component or (target.component if isinstance(target, PruningPlan) else None)
+    measuring = {"component": component, "repeats": args.repeats, **call, **call_arguments(args)}
     before = profile(pipe, **measuring)
-    plan = prune(pipe, target, component=args.component)
+    done = prune(pipe, target, criterion=args.criterion, component=component, fit=args.fit, **goals, **how)
     after = profile(pipe, **measuring)
-    save_into(pipe, folder, plan)
-    print(plan)
-    print(f"\nbefore: {before}\nafter:  {after}\nsaved to {folder}; load it after `import ld_pruner_hf`")
+    save_into(pipe, folder, done)
+    print(done)
+    plain = isinstance(done, StockRecord) or done.how["saved_as"].startswith("stock")
+    how_to_load = "it loads with plain diffusers" if plain else "load it after `import ld_pruner_hf`"
+    print(f"\nbefore: {before}\nafter:  {after}\nsaved to {folder}; {how_to_load}")

@@ -23,8 +23,8 @@ from .. import report
 from ..latents import final_latents, find_denoiser, preserved
 from ..pipeline import make_plan, profile, prune, score
 from ..plan import PruningPlan, write_atomically
-from ..profiling import Profile
-from ..scores import CRITERIA, OperatorScores
+from ..profiling import Profile, processor_name
+from ..scores import OperatorScores
 from ..selection import check_k
 from ..surgery import applied
 from . import PROMPTS, load
@@ -92,7 +92,7 @@ def run_demo(folder: str | Path, settings: DemoSettings | None = None, device: s
     folder.mkdir(parents=True, exist_ok=True)
     stage(f"scoring the operators of its denoiser; rows go to {folder / 'scores.jsonl'}")
     scores = score_demo(pipe, folder, settings)
-    plans = {c: {k: make_plan(pipe, k, scores=scores, criterion=c) for k in settings.ks} for c in CRITERIA}
+    plans = {c: {k: make_plan(pipe, k, scores=scores, criterion=c) for k in settings.ks} for c in scores.criteria}
     stage(f"drawing {settings.pictures} prompts with every criterion and k")
     pictures = _draw_all(pipe, plans, settings)
     stage("pruning for good, measuring, saving, loading again")
@@ -244,20 +244,11 @@ def _write(folder: Path, result: DemoResult) -> None:
     write_atomically(folder / "index.html", _page(result, figures, labels))
 
 
-def _processor() -> str:
-    """The processor's name where Linux tells it, else "cpu"."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "cpu"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
-
-
 def environment(result: DemoResult) -> str:
     """What the numbers were measured on."""
     p = result.profiles["original"]
     return (
-        f"{_processor() if p.device == 'cpu' else p.device} ({platform.machine()}, {p.threads} thread{'s' if p.threads != 1 else ''}), {p.dtype}, "
+        f"{processor_name() if p.device == 'cpu' else p.device} ({platform.machine()}, {p.threads} thread{'s' if p.threads != 1 else ''}), {p.dtype}, "
         f"torch {torch.__version__}, diffusers {diffusers_version}, Python {platform.python_version()}"
     )
 
