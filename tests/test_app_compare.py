@@ -129,6 +129,18 @@ def test_sounds_with_their_spectrograms(comparer, app_config):
     assert [c.name for c in comparison.columns] == ["Original", "k = 2"]
 
 
+def test_a_pipeline_that_takes_no_prompt(tmp_path):
+    pipe = tiny.ldm()
+    pipe.save_pretrained(tmp_path)
+    pipe.score(num_inference_steps=1, include=["mid_block.resnets.*.conv1"]).save(tmp_path / "scores.jsonl")
+    comparer = Comparer(AppConfig((ModelEntry(str(tmp_path), "Faces"),)), "cpu")
+    assert not comparer.models["Faces"].takes_prompt and comparer.models["Faces"].max_k == 2
+    columns = comparer.compare(Request("Faces", k=2, seed=5, steps=2, pictures=2)).columns
+    assert columns[0].cost.batch_size == 2 and len(columns[1].images) == 2
+    alone = comparer.compare(Request("Faces", k=2, seed=5, steps=2)).columns
+    assert alone[0].images[0].tobytes() == drawn(pipe)
+
+
 def test_the_spectrogram_of_a_tone_is_a_line_at_its_height():
     rate, frequency = 16000, 2000
     tone = to_int16(np.sin(2 * math.pi * frequency * np.arange(rate) / rate))

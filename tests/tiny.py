@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
-    AudioDiffusionPipeline,
     AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
@@ -19,7 +18,6 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     LDMPipeline,
-    Mel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -156,8 +154,10 @@ def ldm() -> LDMPipeline:
     return quiet(LDMPipeline(vqvae=autoencoder, unet=unconditional_unet(), scheduler=scheduler()))
 
 
-def audio_diffusion() -> AudioDiffusionPipeline:
-    """Sounds of 0.25 s by way of 8x8 mel spectrograms; needs librosa."""
+def audio_diffusion() -> Any:
+    """An `AudioDiffusionPipeline`: sounds of 0.25 s by way of 8x8 mel spectrograms."""
+    from diffusers import AudioDiffusionPipeline, Mel  # imports librosa, which takes seconds
+
     torch.manual_seed(0)
     denoiser = UNet2DModel(**{**UNCONDITIONAL_UNET, "in_channels": 1, "out_channels": 1}).eval()
     mel = Mel(x_res=8, y_res=8, sample_rate=8000, n_fft=512, hop_length=256, n_iter=2)

@@ -89,7 +89,7 @@ def _demo_entries() -> tuple[ModelEntry, ...]:
     """Every pipeline that ships with the package, with the settings of `ld-pruner demo`."""
     return tuple(
         ModelEntry(
-            f"demo:{name}", title=f"{name.capitalize()} (demo)", steps=15, guidance=3.0, k=80, examples=tuple(demo.PROMPTS[name])
+            f"demo:{name}", title=f"{name.capitalize()} (demo)", steps=15, guidance=3.0, k=80, examples=tuple(demo.PROMPTS.get(name, ()))
         )
         for name in demo.names()
     )  # fmt: skip
