@@ -332,7 +332,7 @@ def picture_grid(
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 
-def _data_uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
@@ -348,7 +348,7 @@ def figure_html(draw: Callable[[str], Any], alt: str, caption: str = "") -> str:
     Args:
         draw: theme -> figure.
     """
-    light, dark = (_data_uri(figure_png(draw(theme))) for theme in ("light", "dark"))
+    light, dark = (data_uri(figure_png(draw(theme))) for theme in ("light", "dark"))
     text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     return (
         f'<figure class="plot"><picture><source srcset="{dark}" media="(prefers-color-scheme: dark)">'
@@ -364,7 +364,7 @@ def pictures_html(columns: Mapping[str, Sequence[Image.Image]], row_labels: Sequ
         cells.append(f'<span class="label">{html.escape(label)}</span>')
         for name in names:
             alt = html.escape(f"{label}, {name}")
-            cells.append(f'<img src="{_data_uri(_picture_bytes(columns[name][i]))}" alt="{alt}">')
+            cells.append(f'<img src="{data_uri(_picture_bytes(columns[name][i]))}" alt="{alt}">')
     return f'<div class="pictures" style="--columns:{len(names)}">{"".join(cells)}</div>'
 
 

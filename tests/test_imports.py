@@ -22,12 +22,14 @@ LEVELS = {
     "scoring": 6,
     "additivity": 7, "planning": 7, "report": 7,
     "pipeline": 8,
-    "demo.job": 9, "benchmark": 9,
+    "demo.job": 9, "benchmark": 9, "app.config": 9,
+    "app.compare": 10, "app.page": 11, "app": 12,
     "cli.common": 10, "curves": 10,
     "cli.output": 11,
-    "cli.additivity": 12, "cli.benchmark": 12, "cli.demo": 12, "cli.profile": 12, "cli.prune": 12, "cli.score": 12, "cli.show": 12,
-    "cli": 13,
-    "__init__": 14, "__main__": 14,
+    "cli.additivity": 13, "cli.app": 13, "cli.benchmark": 13, "cli.demo": 13, "cli.profile": 13, "cli.prune": 13,
+    "cli.score": 13, "cli.show": 13,
+    "cli": 14,
+    "__init__": 15, "__main__": 15,
 }  # fmt: skip
 
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..loading import one_line
-from . import additivity, benchmark, demo, profile, prune, score, show
+from . import additivity, app, benchmark, demo, profile, prune, score, show
 
-COMMANDS = (score, prune, profile, benchmark, additivity, demo, show)
+COMMANDS = (score, prune, profile, benchmark, additivity, demo, app, show)
 
 
 class _Parser(argparse.ArgumentParser):
