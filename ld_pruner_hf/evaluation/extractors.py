@@ -94,7 +94,9 @@ class ShippedImages:
     @torch.no_grad()
     def perceptual_distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """LPIPS (1801.03924) with this network and equal weights for all channels: (B,)."""
-        pairs = zip(self.net.image.stage_outputs(self._input(a)), self.net.image.stage_outputs(self._input(b)), strict=True)
+        pairs = zip(
+            self.net.image.stage_outputs(self._input(a)), self.net.image.stage_outputs(self._input(b)), strict=True
+        )
         stages = [(F.normalize(x, dim=1) - F.normalize(y, dim=1)).pow(2).sum(1).mean((1, 2)) for x, y in pairs]
         return torch.stack(stages).sum(0).cpu()
 
@@ -245,7 +247,7 @@ def make_extractor(spec: str, kind: str = "image", device: str = "cpu") -> Any:
         return ShippedImages(device) if kind == "image" else ShippedAudio(device)
     if spec == "inception":
         return Inception(device)
-    family, colon, model_id = spec.partition(":")
+    family, _, model_id = spec.partition(":")
     if family not in _FAMILIES or not model_id:
         known = [SHIPPED, "inception", *(f"{f}:MODEL" for f in _FAMILIES)]
         raise ValueError(f"extractor: got {spec!r}, expected one of {known}")

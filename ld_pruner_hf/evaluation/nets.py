@@ -43,9 +43,7 @@ class SmallNet(nn.Module):
         super().__init__()
         widths = (24, 48, 96, FEATURES)
         self.stem = nn.Conv2d(channels_in, widths[0], 3, 1, 1)
-        self.stages = nn.ModuleList(
-            _Block(a, b, 2) for a, b in zip((widths[0], *widths[:-1]), widths, strict=True)
-        )
+        self.stages = nn.ModuleList(_Block(a, b, 2) for a, b in zip((widths[0], *widths[:-1]), widths, strict=True))
         self.head = nn.Linear(FEATURES, classes)
 
     def stage_outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -119,9 +117,7 @@ class LogMel(nn.Module):
     def forward(self, waveforms: torch.Tensor) -> torch.Tensor:
         length = FRAMES * HOP - 1
         x = F.pad(waveforms[:, :length], (0, max(0, length - waveforms.shape[1])))
-        spectrum = torch.stft(
-            x, N_FFT, HOP, window=self.window, center=True, pad_mode="constant", return_complex=True
-        )
+        spectrum = torch.stft(x, N_FFT, HOP, window=self.window, center=True, pad_mode="constant", return_complex=True)
         mel = spectrum.abs().pow(2).transpose(1, 2) @ self.filters  # (B, frames, bands)
         decibel = 10 * mel.clamp_min(1e-10).log10()
         decibel = decibel - decibel.amax(dim=(1, 2), keepdim=True)

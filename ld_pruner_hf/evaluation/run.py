@@ -171,7 +171,9 @@ def prepare(name: str, settings: EvaluationSettings) -> Any:
     if settings.scheduler is not None:
         scheduler = getattr(diffusers, settings.scheduler, None)
         if scheduler is None or not hasattr(scheduler, "from_config"):
-            raise ValueError(f"scheduler: got {settings.scheduler!r}, expected a scheduler of diffusers: PNDMScheduler")
+            raise ValueError(
+                f"scheduler: got {settings.scheduler!r}, expected a scheduler of diffusers: PNDMScheduler"
+            )
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     return pipe
 
@@ -269,7 +271,12 @@ class Judge:
         return found, missing
 
     def measure(
-        self, name: str, label: str, samples: Samples, reference: Samples | None = None, original: Samples | None = None
+        self,
+        name: str,
+        label: str,
+        samples: Samples,
+        reference: Samples | None = None,
+        original: Samples | None = None,
     ) -> Measurement:
         """One metric of one set of samples."""
         metric = METRICS[name]
@@ -380,9 +387,7 @@ def measure_costs(models: Mapping[str, str], settings: EvaluationSettings) -> li
 
     def add(label: str, name: str, value: float | None, unit: str = "", **more: Any) -> None:
         if value is not None:
-            results.append(
-                Measurement(label, name, value, unit, device=device, command=settings.command, **more)
-            )
+            results.append(Measurement(label, name, value, unit, device=device, command=settings.command, **more))
 
     calls = {}
     for label, pipe in pipes.items():

@@ -39,7 +39,9 @@ class Samples:
         if not items:
             what = "pictures" if kind == "image" else "sounds"
             suffixes = PICTURES if kind == "image" else SOUNDS
-            raise ValueError(f"{where}: holds no {what}; expected files {' '.join(suffixes)} or rows of a parquet file")
+            raise ValueError(
+                f"{where}: holds no {what}; expected files {' '.join(suffixes)} or rows of a parquet file"
+            )
         self.where, self.kind, self.items, self.resolution = where, kind, list(items), resolution
         self.skipped: dict[str, str] = {}
         self._size: tuple[int, int] | None = None
