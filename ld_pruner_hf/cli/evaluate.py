@@ -93,7 +93,7 @@ def read_protocol(name: str) -> dict[str, Any]:
 
 def extractors_of(options: list[str]) -> dict[str, str]:
     """["fid=inception", "shipped"] -> {"fid": "inception", "*": "shipped"}."""
-    result = {}
+    result: dict[str, str] = {}
     for option in options:
         metric, equals, extractor = option.partition("=")
         if equals and metric not in METRICS:

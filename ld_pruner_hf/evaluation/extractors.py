@@ -218,7 +218,7 @@ class Lpips:
 
     kind, sample_rate = "image", None
 
-    def __init__(self, network: str, device: str = "cpu") -> None:
+    def __init__(self, network: Any, device: str = "cpu") -> None:
         try:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 

@@ -104,6 +104,9 @@ class LogMel(nn.Module):
     is more than 60 dB below it is -1.
     """
 
+    filters: torch.Tensor
+    window: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         from transformers.audio_utils import mel_filter_bank
