@@ -11,6 +11,7 @@ In short:
 from . import demo
 from . import modeling as _modeling
 from . import pipeline as _pipeline
+from .additivity import measure_additivity
 from .distillation import DistillationLoss, NoiseProcess
 from .features import FeatureTaps, Tap, TapPair, find_taps
 from .fitting import Fit, fit_stand_ins
@@ -32,7 +33,7 @@ __all__ = [
     "CRITERIA", "PRESETS", "DistillationLoss", "FeatureTaps", "Fit", "LDPrunerMixin", "Modification",
     "NoiseProcess", "Operator", "OperatorScore", "OperatorScores", "OutputRule", "PlanDiff", "PlanError", "Profile",
     "PruningPlan", "StandInSpec", "StockRecord", "Tap", "TapPair", "applied", "apply_plan_", "apply_preset_",
-    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "make_plan", "measure_damage", "plan_of", "profile", "prune",
+    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "make_plan", "measure_additivity", "measure_damage", "plan_of", "profile", "prune",
     "ratio", "record_of", "score", "score_operators", "to_stock_", "top_k",
 ]  # fmt: skip
 

@@ -62,9 +62,9 @@ def prune(
             are exact. Latency is predicted from each operator's share of the time, memory (weights and the peak of the
             activations) from the weights; all four are measured before and after, with a warning where the goal is missed, or
             where parameters or MACs go and no time does.
-        method: for a number of operators "top-k" (the default), for a budget "knapsack" (least total score; the default) or
-            "ratio" (score per unit saved, one by one); for both "rounds": take a part, score the rest given that, and so on. It
-            costs as many scorings, and sees what operators do together.
+        method: for a number of operators "top-k" (the default); for a budget "knapsack" (least total score; the default), "ratio"
+            (score per unit saved, one by one) or "top-k" (the least important ones, as many as it takes). For both "rounds": take
+            a part, score the rest given that, and so on; it costs as many scorings, and sees what operators do together.
         rounds: how many, with that method.
         scores: scores to choose by, or their file; default: those of the last `score`, else the pipeline is scored first.
         criterion: formula to rank by; default: the one of the scores.

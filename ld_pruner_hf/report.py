@@ -296,7 +296,11 @@ def _line_axes(figure: Any, look: Mapping[str, str], x: str, y: str, at: Any = 1
 
 
 def quality_figure(
-    rows: Sequence[Mapping[str, Any]], metric: str, cliff: tuple[int, int] | None, recommended: int, theme: str = "light"
+    rows: Sequence[Mapping[str, Any]],
+    metric: str,
+    cliff: tuple[int, int] | None,
+    recommended: int,
+    theme: str = "light",
 ) -> Any:
     """Quality over k, with the cliff shaded and the recommended k marked.
 
@@ -311,7 +315,14 @@ def quality_figure(
     k, quality = [row["k"] for row in rows], [row["quality"] for row in rows]
     blue = GROUPS["normalisation"][0]
     axes.errorbar(
-        k, quality, [row["uncertainty"] for row in rows], color=blue, marker="o", markersize=5, linewidth=1.6, capsize=3
+        k,
+        quality,
+        [row["uncertainty"] for row in rows],
+        color=blue,
+        marker="o",
+        markersize=5,
+        linewidth=1.6,
+        capsize=3,
     )
     at = k.index(recommended)
     axes.scatter([k[at]], [quality[at]], s=110, facecolor="none", edgecolor=look["ink"], linewidth=1.8, zorder=4,
@@ -339,7 +350,12 @@ def tradeoff_figure(rows: Sequence[Mapping[str, Any]], metric: str, theme: str =
     for row in rows:
         label = "original" if row["k"] == 0 else f"k = {row['k']}"
         axes.annotate(
-            label, (row["speed_up"], row["quality"]), xytext=(7, 4), textcoords="offset points", color=look["ink"], fontsize=9
+            label,
+            (row["speed_up"], row["quality"]),
+            xytext=(7, 4),
+            textcoords="offset points",
+            color=look["ink"],
+            fontsize=9,
         )
     return figure
 
@@ -366,7 +382,9 @@ def training_figure(log: Mapping[str, Sequence[Mapping[str, float]]], theme: str
         for (name, rows), (colour, line) in zip(log.items(), styles * len(log), strict=False):
             points = [(row["step"], row[term]) for row in rows if row.get(term, 0) > 0]
             if points:
-                axes.plot(*zip(*points, strict=True), color=colour or look["ink"], linestyle=line, linewidth=1.3, label=name)
+                axes.plot(
+                    *zip(*points, strict=True), color=colour or look["ink"], linestyle=line, linewidth=1.3, label=name
+                )
         if i == 0 and len(log) > 1:
             axes.legend(frameon=False, fontsize=10, labelcolor=look["ink"])
     return figure
@@ -457,9 +475,7 @@ def pictures_html(columns: Mapping[str, Sequence[Image.Image]], row_labels: Sequ
     return f'<div class="pictures" style="--columns:{len(names)}">{"".join(cells)}</div>'
 
 
-def sounds_html(
-    columns: Mapping[str, Sequence[tuple[Image.Image, bytes]]], row_labels: Sequence[str]
-) -> str:
+def sounds_html(columns: Mapping[str, Sequence[tuple[Image.Image, bytes]]], row_labels: Sequence[str]) -> str:
     """Spectrograms with a player under each: a column for each model, a line for each sound.
 
     Args:

@@ -64,7 +64,13 @@ class ReportContent:
 def draw(pipe: Any, call: dict[str, Any], prompts: Sequence[str] | None, n: int) -> list[Any]:
     """n pictures, or n sounds with their spectrograms; the i-th from seed i whatever the model."""
     generators = [torch.Generator("cpu").manual_seed(i) for i in range(n)]
-    batch = {"prompt": list(prompts[:n])} if prompts else {"batch_size": n} if "batch_size" in call_parameters(pipe) else {}
+    batch = (
+        {"prompt": list(prompts[:n])}
+        if prompts
+        else {"batch_size": n}
+        if "batch_size" in call_parameters(pipe)
+        else {}
+    )
     if not batch and n > 1:
         return [sample for i in range(n) for sample in _draw_one(pipe, call, i)]
     with preserved(pipe):
@@ -128,7 +134,10 @@ def samples_html(columns: Mapping[str, Sequence[Any]], labels: Sequence[str]) ->
 
 def samples_section(samples: Samples, plans: Plans, default: str, labels: Sequence[str], how: str) -> str:
     """The default criterion's grid, and the other formulae folded away."""
-    parts = [f'<p class="note">Criterion {html.escape(default)}. {html.escape(how)}</p>', samples_html(samples[default], labels)]
+    parts = [
+        f'<p class="note">Criterion {html.escape(default)}. {html.escape(how)}</p>',
+        samples_html(samples[default], labels),
+    ]
     if len(samples) > 1:
         parts.append("<p>The other formulas of the paper, at the same k:</p>")
     for criterion, columns in samples.items():
@@ -190,7 +199,9 @@ def operator_sections(scores: OperatorScores, figures: Figures, how: str) -> lis
 def scoring_text(scores: OperatorScores) -> str:
     """How the scores were made, from their own settings."""
     s = scores.settings
-    return f"{len(s.get('conditions', ()))} condition(s) x {len(s.get('seeds', ()))} seeds, criterion {scores.criterion}"
+    return (
+        f"{len(s.get('conditions', ()))} condition(s) x {len(s.get('seeds', ()))} seeds, criterion {scores.criterion}"
+    )
 
 
 def sweep_section(result: Sweep) -> str:
@@ -223,7 +234,10 @@ def evaluation_section(evaluation: Evaluation) -> str:
     rows = [[f"{row[0]}\n{row[-1]}" if row[-1] else row[0], *row[1:-1]] for row in evaluation.rows()]
     devices = ", ".join(dict.fromkeys(r.device for r in evaluation.results if r.device))
     commands = "\n".join(dict.fromkeys(r.command for r in evaluation.results if r.command))
-    notes = [*evaluation.notes, *(f"{s['name']} of {s['model']} not measured: {s['reason']}" for s in evaluation.skipped)]
+    notes = [
+        *evaluation.notes,
+        *(f"{s['name']} of {s['model']} not measured: {s['reason']}" for s in evaluation.skipped),
+    ]
     return (
         f"<p>{html.escape('; '.join(names))}.</p>"
         + report.table_html(["", *columns], rows)
@@ -268,7 +282,12 @@ def write_report(folder: str | Path, content: ReportContent) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     scores, default = content.scores, content.scores.criterion
     figures = operator_figures(scores, content.plans[default])
-    sections = [("What is left of the samples", samples_section(content.samples, content.plans, default, content.labels, content.how))]
+    sections = [
+        (
+            "What is left of the samples",
+            samples_section(content.samples, content.plans, default, content.labels, content.how),
+        )
+    ]
     if content.sweep:
         sections.append(("Quality against speed", sweep_section(content.sweep)))
         report.save_csv(folder / "sweep.csv", content.sweep.table())
@@ -280,7 +299,11 @@ def write_report(folder: str | Path, content: ReportContent) -> Path:
         training: Figures = {"training": lambda theme: report.training_figure(content.training, theme)}
         sections.append(("Finetuning", report.figure_html(training["training"], "Loss terms over the steps")))
     sections += operator_sections(scores, figures, scoring_text(scores))
-    every = {**figures, **(sweep_figures(content.sweep) if content.sweep else {}), **(training if content.training else {})}
+    every = {
+        **figures,
+        **(sweep_figures(content.sweep) if content.sweep else {}),
+        **(training if content.training else {}),
+    }
     for name, figure in every.items():
         (folder / f"{name}.png").write_bytes(report.figure_png(figure("light")))
     save_samples(folder, content.samples, content.labels)

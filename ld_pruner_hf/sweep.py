@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +14,16 @@ from typing import Any
 import torch
 
 from . import report
-from .evaluation import METRICS, EvaluationSettings, Judge, Measurement, generate, open_samples, speed_up, time_in_turns
+from .evaluation import (
+    METRICS,
+    EvaluationSettings,
+    Judge,
+    Measurement,
+    generate,
+    open_samples,
+    speed_up,
+    time_in_turns,
+)
 from .evaluation.generation import kind_of
 from .evaluation.run import call_of, check_metrics, device_text, open_reference, prepare
 from .latents import call_parameters, find_denoiser, preserved, record_call
@@ -94,7 +104,9 @@ class Sweep:
         return [asdict(row) | {"metric": self.metric} for row in self.rows]
 
     def __str__(self) -> str:
-        lines = [f"{'k':>5} {self.metric:>10} {'+-':>8} {'params':>7} {'MACs':>7} {'speed-up':>9} {'99% interval':>14}"]
+        lines = [
+            f"{'k':>5} {self.metric:>10} {'+-':>8} {'params':>7} {'MACs':>7} {'speed-up':>9} {'99% interval':>14}"
+        ]
         for r in self.rows:
             mark = " <- recommended" if r.k == self.recommended else ""
             if self.cliff and r.k == self.cliff[1]:
@@ -117,7 +129,7 @@ def find_cliff(rows: Sequence[SweepRow], higher_is_better: bool = False) -> tupl
     Falls of less than twice their uncertainty are none.
     """
     best, steepest = None, 0.0
-    for a, b in zip(rows, rows[1:], strict=False):
+    for a, b in itertools.pairwise(rows):
         fall = _loss(b, a, higher_is_better)
         if fall > 2 * math.hypot(a.uncertainty, b.uncertainty) and fall / (b.k - a.k) > steepest:
             best, steepest = (a.k, b.k), fall / (b.k - a.k)
@@ -125,7 +137,11 @@ def find_cliff(rows: Sequence[SweepRow], higher_is_better: bool = False) -> tupl
 
 
 def recommend(
-    rows: Sequence[SweepRow], cliff: tuple[int, int] | None, tolerance: float, metric: str, higher_is_better: bool = False
+    rows: Sequence[SweepRow],
+    cliff: tuple[int, int] | None,
+    tolerance: float,
+    metric: str,
+    higher_is_better: bool = False,
 ) -> tuple[int, str]:
     """The largest k before the cliff, up to which quality stays within `tolerance` (a share) of the original's; and why."""
     original = rows[0]
@@ -190,7 +206,11 @@ def sweep(
         samples = open_samples(folder, kind).subset(settings.n)
         details = judge.measure(metric, f"k = {k}", samples, reference)
         if not rows_file.done(k):
-            rows_file.add(SweepRow(k, details.value, details.uncertainty or 0.0, **_costs(pipe, plan, settings), n=details.n or 0))
+            rows_file.add(
+                SweepRow(
+                    k, details.value, details.uncertainty or 0.0, **_costs(pipe, plan, settings), n=details.n or 0
+                )
+            )
     assert details is not None
     result = Sweep(
         pipeline, METRICS[metric].title, details.extractor, details.dataset, METRICS[metric].higher_is_better, tolerance,
@@ -244,7 +264,9 @@ class _Rows:
     def add(self, row: SweepRow) -> None:
         self.rows[row.k] = row
         data = {"format": SWEEP_FORMAT, "version": FORMAT_VERSION, "header": self.header}
-        write_atomically(self.path, json.dumps(data | {"rows": [asdict(r) for r in self.rows.values()]}, indent=1) + "\n")
+        write_atomically(
+            self.path, json.dumps(data | {"rows": [asdict(r) for r in self.rows.values()]}, indent=1) + "\n"
+        )
 
 
 def _generate(pipe: Any, plan: PruningPlan | None, folder: Path, settings: EvaluationSettings) -> None:

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{unit}", type=float, metavar="SHARE", help=f"take away this share of the {what}: 0.3")
     parser.add_argument(
         "--method",
-        choices=["top-k", *METHODS, "rounds"],
+        choices=[*METHODS, "rounds"],
         help="how to choose; default: top-k for K, knapsack for a budget",
     )
     parser.add_argument("--rounds", type=int, default=4, metavar="N", help="rounds of --method rounds")

@@ -19,7 +19,6 @@ from .common import add_call, call_arguments, file_of_prompts, slug
 
 NAME = "report"
 HELP = "one self-contained page about a pipeline's pruning: figures, sample grids, tables, sounds"
-LATENT_SHIFT = tuple(name for name in CRITERIA if name.startswith("latent-shift"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,12 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 42, 80], metavar="K", help="columns of the grids")
     parser.add_argument(
-        "--criteria", nargs="+", choices=list(CRITERIA), metavar="C", help="formulae of the grids; default: the four of the "
-        "paper, where the scores hold them",
+        "--criteria", nargs="+", choices=list(CRITERIA), metavar="C", help="formulae of the grids; default: all that the "
+        "scores hold",
     )  # fmt: skip
     parser.add_argument("--sweep", metavar="FILE", help=f"{SWEEP_FILE} of ld-pruner sweep, or its folder")
     parser.add_argument(
-        "--evaluation", nargs="+", default=[], metavar="FILE", help="evaluation.json of ld-pruner evaluate: before and after"
+        "--evaluation",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="evaluation.json of ld-pruner evaluate: before and after",
     )
     parser.add_argument(
         "--training-log", nargs="+", default=[], metavar="FILE", help="log.csv of finetunings with training/distill.py"
@@ -46,12 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=6, metavar="N", help="lines of the grids")
     parser.add_argument("--num-inference-steps", type=int, metavar="N", help="denoising steps of the samples")
     add_call(parser)
-
-
-def _criteria(scores: OperatorScores, chosen: list[str] | None) -> list[str]:
-    """The scores' own formula, and the paper's others where these scores hold them."""
-    others = chosen or (LATENT_SHIFT if scores.criterion in LATENT_SHIFT else ())
-    return list(dict.fromkeys([scores.criterion, *others]))
 
 
 def _sweep(path: str) -> Sweep:
@@ -77,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     if "prompt" in call_parameters(pipe):
         prompts = (file_of_prompts(args.prompts) if args.prompts else default_prompts())[: args.samples]
     call = {**steps_argument(pipe, args.num_inference_steps), **call_arguments(args)}
-    criteria = _criteria(scores, args.criteria)
+    criteria = dict.fromkeys([scores.criterion, *(args.criteria or scores.criteria)])
     try:
         plans = {c: {k: make_plan(pipe, k, scores=scores, criterion=c) for k in sorted(set(args.k))} for c in criteria}
     except PlanError as error:

@@ -14,9 +14,7 @@ HELP = "print a pruning plan or a file of scores"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="pruning_plan.json, scores.jsonl or scores.json")
-    parser.add_argument(
-        "--criterion", choices=list(CRITERIA), help="rank scores by this formula; default: the file's own"
-    )
+    parser.add_argument("--criterion", choices=CRITERIA, help="rank scores by this criterion; default: the file's own")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,12 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pipeline", metavar="PIPELINE", help="a pipeline's folder, a Hub id (org/model), or demo:emoji"
     )
     parser.add_argument("--scores", required=True, metavar="FILE", help="its scores, from ld-pruner score")
-    parser.add_argument("-o", "--output", metavar="DIR", help="samples, figures, sweep.json; default: <pipeline>-sweep")
-    parser.add_argument("--k", type=int, nargs="+", default=list(DEFAULT_KS), metavar="K", help="operators to take out")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", help="samples, figures, sweep.json; default: <pipeline>-sweep"
+    )
+    parser.add_argument(
+        "--k", type=int, nargs="+", default=list(DEFAULT_KS), metavar="K", help="operators to take out"
+    )
     parser.add_argument("--metric", choices=list(METRICS), default="fid", metavar="M", help=f"of: {' '.join(METRICS)}")
     parser.add_argument("--criterion", choices=list(CRITERIA), help="formula to rank by; default: that of the scores")
     parser.add_argument(
-        "--tolerance", type=float, default=0.1, metavar="SHARE", help="how much worse than the original may be recommended"
+        "--tolerance",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="how much worse than the original may be recommended",
     )
     add_samples(parser)
     add_call(parser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from ..latents import final_latents, find_denoiser, preserved
 from ..pipeline import make_plan, profile, prune, score
 from ..plan import PruningPlan, write_atomically
 from ..profiling import Profile
-from ..scores import CRITERIA, OperatorScores
+from ..scores import OperatorScores
 from ..selection import check_k
 from . import PROMPTS, load
 
@@ -88,7 +89,7 @@ def run_demo(folder: str | Path, settings: DemoSettings | None = None, device: s
     folder.mkdir(parents=True, exist_ok=True)
     stage(f"scoring the operators of its denoiser; rows go to {folder / 'scores.jsonl'}")
     scores = score_demo(pipe, folder, settings)
-    plans = {c: {k: make_plan(pipe, k, scores=scores, criterion=c) for k in settings.ks} for c in CRITERIA}
+    plans = {c: {k: make_plan(pipe, k, scores=scores, criterion=c) for k in settings.ks} for c in scores.criteria}
     stage(f"drawing {settings.pictures} prompts with every criterion and k")
     call = {"num_inference_steps": settings.picture_steps, "guidance_scale": settings.guidance_scale}
     prompts = PROMPTS[settings.name][: settings.pictures]

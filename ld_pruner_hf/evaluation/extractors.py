@@ -152,7 +152,7 @@ class Clip:
         self.net: Any = CLIPModel.from_pretrained(model_id).eval().to(device)
         self.processor = CLIPImageProcessor.from_pretrained(model_id)
         self.tokenizer = AutoTokenizer.from_pretrained(model_id)
-        self.scale = float(self.net.logit_scale.exp())
+        self.scale = self.net.logit_scale.exp().item()
 
     def __call__(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.embed_images(batch), None

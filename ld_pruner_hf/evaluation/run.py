@@ -214,9 +214,7 @@ def bootstrap_spread(distance: Callable[[Tensor], float], features: Tensor) -> f
     """Standard deviation of a distance when the generated samples are drawn again, with replacement."""
     generator = torch.Generator().manual_seed(0)
     n = len(features)
-    values = [
-        distance(features[torch.randint(n, (n,), generator=generator)]) for _ in range(BOOTSTRAP_RESAMPLES)
-    ]
+    values = [distance(features[torch.randint(n, (n,), generator=generator)]) for _ in range(BOOTSTRAP_RESAMPLES)]
     return statistics.stdev(values)
 
 
