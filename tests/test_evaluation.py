@@ -252,7 +252,7 @@ def test_the_shipped_weights_are_small_and_safe():
     folder = resources.files("ld_pruner_hf").joinpath("evaluation/weights")
     sizes = {f.name: len(f.read_bytes()) for f in folder.iterdir()}
     assert sum(sizes.values()) < 5e6 and {"images.safetensors", "audio.safetensors", "README.md"} <= set(sizes)
-    assert {name.rpartition(".")[2] for name in sizes} <= {"safetensors", "md", "json"}
+    assert {name.rpartition(".")[2] for name in sizes} <= {"safetensors", "md", "txt"}
 
 
 def test_standard_extractors_load_from_a_folder(tmp_path):

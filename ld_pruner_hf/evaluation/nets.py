@@ -37,7 +37,7 @@ class _Block(nn.Module):
 
 
 class SmallNet(nn.Module):
-    """A residual network of 0.7M parameters: (B, C, 64, 64) to stages, features (B, 128) and class logits."""
+    """A residual network of 0.4M parameters: (B, C, 64, 64) to stages, features (B, 128) and class logits."""
 
     def __init__(self, channels_in: int, classes: int) -> None:
         super().__init__()
