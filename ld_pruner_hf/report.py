@@ -282,9 +282,9 @@ def _stacked_bars(
             axes.text(left, y, f" {left}", va="center", color=look["ink"], fontsize=9)
 
 
-def _line_axes(figure: Any, look: Mapping[str, str], x: str, y: str, at: Any = 111) -> Any:
+def _line_axes(figure: Any, look: Mapping[str, str], x: str, y: str, at: tuple[int, int, int] = (1, 1, 1)) -> Any:
     """Axes for curves: no frame, faint grid, labels in the text's colour."""
-    axes = figure.add_subplot(at)
+    axes = figure.add_subplot(*at)
     axes.set_facecolor(look["paper"])
     axes.tick_params(colors=look["ink"], labelsize=10, length=0)
     axes.spines[:].set_visible(False)

@@ -116,7 +116,7 @@ def draw_all(pipe: Any, plans: Plans, call: dict[str, Any], prompts: Sequence[st
             for k, plan in by_k.items():
                 key = tuple((m.path, m.stand_in.name) for m in plan)
                 if key not in drawn:
-                    with applied(getattr(pipe, plan.component), plan):
+                    with preserved(pipe), applied(getattr(pipe, plan.component), plan):
                         drawn[key] = draw(pipe, call, prompts, n)
                 samples[criterion][f"k = {k}"] = drawn[key]
                 bar.update()

@@ -277,7 +277,7 @@ def _generate(pipe: Any, plan: PruningPlan | None, folder: Path, settings: Evalu
     if plan is None:
         generate(pipe, folder, settings.n, **how)
         return
-    with applied(getattr(pipe, plan.component), plan):
+    with preserved(pipe), applied(getattr(pipe, plan.component), plan):
         generate(pipe, folder, settings.n, **how)
 
 

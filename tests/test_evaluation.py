@@ -305,7 +305,9 @@ def test_standard_extractors_load_from_a_folder(tmp_path):
     ClapModel(ClapConfig(text_config=text.to_dict(), audio_config=audio.to_dict(), projection_dim=16)).save_pretrained(
         tmp_path / "clap"
     )
-    ClapFeatureExtractor(feature_size=16, sampling_rate=8000, max_length_s=1).save_pretrained(tmp_path / "clap")
+    ClapFeatureExtractor(feature_size=16, sampling_rate=8000, max_length_s=1, truncation="rand_trunc").save_pretrained(
+        tmp_path / "clap"
+    )
     clap = make_extractor(f"clap:{tmp_path / 'clap'}", "audio")
     assert clap.sample_rate == 8000 and clap([np.ones(8000, np.float32)] * 2)[0].shape == (2, 16)
 
