@@ -105,3 +105,17 @@ def test_parquet_files(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="not readable as parquet"):
         open_samples(tmp_path / "bad.parquet")
+
+
+def test_prompts_of_a_text_file_and_of_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "p.txt").write_text("a cat\n\n  a dog \n")
+    assert read_prompts(tmp_path / "p.txt") == ["a cat", "a dog"]
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"caption": ["x", None, "y"]}), tmp_path / "data" / "train.parquet")
+    assert read_prompts(tmp_path / "data") == ["x", "y"]
+    with pytest.raises(ValueError, match="no column 'text' with prompts"):
+        read_prompts(tmp_path / "data", "text")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="has no prompt"):
+        read_prompts(tmp_path / "empty.txt")

@@ -43,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_samples(parser: argparse.ArgumentParser) -> None:
     """Options of everything that draws samples and measures them."""
     parser.add_argument("-n", type=int, metavar="N", help="samples of each; default: one a prompt, else 500")
-    parser.add_argument("--prompts", metavar="FILE", help="one prompt a line; or a parquet file with a column of them")
+    parser.add_argument(
+        "--prompts",
+        metavar="P",
+        help="a file with one prompt a line; or a column of a parquet file or data set (ID:SPLIT)",
+    )
     parser.add_argument("--prompt-column", default="caption", metavar="C", help="that column")
     parser.add_argument(
         "--reference", metavar="PATH", help="real samples: a folder of pictures or wav files, or a parquet file"

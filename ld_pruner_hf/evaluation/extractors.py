@@ -243,12 +243,13 @@ def make_extractor(spec: str, kind: str = "image", device: str = "cpu") -> Any:
     Raises:
         ValueError: no such name. ImportError, OSError: its packages or weights are not to be had here.
     """
-    if spec == SHIPPED:
-        return ShippedImages(device) if kind == "image" else ShippedAudio(device)
-    if spec == "inception":
-        return Inception(device)
-    family, _, model_id = spec.partition(":")
-    if family not in _FAMILIES or not model_id:
-        known = [SHIPPED, "inception", *(f"{f}:MODEL" for f in _FAMILIES)]
-        raise ValueError(f"extractor: got {spec!r}, expected one of {known}")
-    return _FAMILIES[family](model_id, device)
+    with torch.random.fork_rng(devices=[]):  # weights are drawn at random before they are loaded
+        if spec == SHIPPED:
+            return ShippedImages(device) if kind == "image" else ShippedAudio(device)
+        if spec == "inception":
+            return Inception(device)
+        family, _, model_id = spec.partition(":")
+        if family not in _FAMILIES or not model_id:
+            known = [SHIPPED, "inception", *(f"{f}:MODEL" for f in _FAMILIES)]
+            raise ValueError(f"extractor: got {spec!r}, expected one of {known}")
+        return _FAMILIES[family](model_id, device)

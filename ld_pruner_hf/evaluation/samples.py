@@ -246,16 +246,42 @@ def parquet_bytes(path: Path, columns: Sequence[str]) -> list[bytes]:
     raise ValueError(f"{path}: no column {' or '.join(columns)}; it has {table.schema.names}")
 
 
-def read_prompts(path: str | os.PathLike, column: str = "caption") -> list[str]:
-    """Prompts from a text file (one a line) or from a column of a parquet file."""
-    path = Path(path)
-    if path.suffix == ".parquet":
+def read_prompts(source: str | os.PathLike, column: str = "caption") -> list[str]:
+    """Prompts from a text file (one a line), or from a column of a parquet file or of a data set (ID, ID:SPLIT or a folder).
+
+    Raises:
+        ValueError: no prompt, no such column, no such file or data set. ImportError: `datasets` is not installed.
+    """
+    path = Path(source)
+    if path.suffix == ".parquet" and path.is_file():
         table = read_parquet(path)
-        if column not in table.schema.names:
-            raise ValueError(f"{path}: no column {column!r} with prompts; it has {table.schema.names}")
-        prompts = [str(p) for p in table.column(column).to_pylist() if p]
+        prompts = table.column(column).to_pylist() if column in table.schema.names else None
+        columns = table.schema.names
+    elif path.is_file():
+        prompts, columns = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()], []
     else:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        data = _data_set(str(source))
+        columns = data.column_names
+        prompts = data[column] if column in columns else None
+    if prompts is None:
+        raise ValueError(f"{source}: no column {column!r} with prompts; it has {columns}")
+    prompts = [str(prompt) for prompt in prompts if prompt]
     if not prompts:
-        raise ValueError(f"{path}: has no prompt")
+        raise ValueError(f"{source}: has no prompt")
     return prompts
+
+
+def _data_set(source: str) -> Any:
+    """A data set of the Hub, or of a folder; its split "train" unless the name ends with another one."""
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetNotFoundError
+    except ImportError as error:
+        raise ImportError(
+            f'{source}: no such file; as a data set it needs datasets: pip install "ld_pruner_hf[train]"'
+        ) from error
+    name, _, split = source.partition(":")
+    try:
+        return load_dataset(name, split=split or "train")
+    except (DatasetNotFoundError, OSError, ValueError) as error:
+        raise ValueError(f"{source}: neither a file nor a data set that can be loaded ({error})") from error
