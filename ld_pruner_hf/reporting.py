@@ -99,9 +99,9 @@ def spectrogram(wave: np.ndarray) -> Image.Image:
     mono = mono.mean(0) if mono.ndim == 2 else mono
     size = 2 * SPECTROGRAM_HEIGHT
     power = torch.stft(mono, size, size // 4, window=torch.hann_window(size), return_complex=True).abs()[:-1]
-    level = 20 * power.clamp_min(1e-8).log10()
-    level = ((level - level.max()) / SPECTROGRAM_RANGE_DB + 1).clamp(0, 1).flip(0).numpy()
-    return Image.fromarray((colormaps["viridis"](level)[..., :3] * 255).astype(np.uint8))
+    decibel = 20 * power.clamp_min(1e-8).log10()
+    level = ((decibel - decibel.max()) / SPECTROGRAM_RANGE_DB + 1).clamp(0, 1).flip(0)
+    return Image.fromarray(colormaps["viridis"](level.numpy(), bytes=True)[..., :3])  # type: ignore[call-overload]
 
 
 def draw_all(pipe: Any, plans: Plans, call: dict[str, Any], prompts: Sequence[str] | None, n: int) -> Samples:

@@ -93,6 +93,8 @@ def evaluate(
     models = dict(zip(LABELS, pipelines, strict=False))
     chosen = check_metrics(settings, two=len(models) == 2)
     state = PartialState()
+    if state.num_processes > 1 and settings.device == "auto":
+        settings = replace(settings, device=str(state.device))  # each process has an accelerator of its own
     folders, kinds, mel = {}, set(), None
     for label, name in models.items():
         if is_sample_folder(name):
