@@ -101,7 +101,7 @@ def spectrogram(wave: np.ndarray) -> Image.Image:
     power = torch.stft(mono, size, size // 4, window=torch.hann_window(size), return_complex=True).abs()[:-1]
     decibel = 20 * power.clamp_min(1e-8).log10()
     level = ((decibel - decibel.max()) / SPECTROGRAM_RANGE_DB + 1).clamp(0, 1).flip(0)
-    return Image.fromarray(colormaps["viridis"](level.numpy(), bytes=True)[..., :3])  # type: ignore[call-overload]
+    return Image.fromarray(colormaps["viridis"](level.numpy(), bytes=True)[..., :3])
 
 
 def draw_all(pipe: Any, plans: Plans, call: dict[str, Any], prompts: Sequence[str] | None, n: int) -> Samples:
