@@ -137,7 +137,8 @@ def require_matplotlib() -> Any:
     return Figure
 
 
-def _theme(theme: str) -> dict[str, str]:
+def theme_of(theme: str) -> dict[str, str]:
+    """Colours of a theme; ValueError for an unknown one."""
     if theme not in THEMES:
         raise ValueError(f"theme: got {theme!r}, expected one of {list(THEMES)}")
     return THEMES[theme]
@@ -182,7 +183,7 @@ def importance_figure(scores: OperatorScores, criterion: str | None = None, them
     Raises:
         ValueError: every operator failed. ImportError: matplotlib is not installed.
     """
-    look, figure_class = _theme(theme), require_matplotlib()
+    look, figure_class = theme_of(theme), require_matplotlib()
     criterion = criterion or scores.criterion
     order = {path: i for i, path in enumerate(dict.fromkeys(row.path for row in scores.rows))}
     rows = sorted((r for r in scores.ranked(criterion) if r.error is None), key=lambda r: order[r.path])
@@ -230,7 +231,7 @@ def modified_figure(
     """
     if by not in ("kind", "block") or not plans:
         raise ValueError(f"by: got {by!r}, expected 'kind' or 'block'; plans: got {len(plans)}, expected 1 or more")
-    look, figure_class = _theme(theme), require_matplotlib()
+    look, figure_class = theme_of(theme), require_matplotlib()
 
     def category(path: str, kind: str) -> str:
         return kind if by == "kind" else block_of(path)
@@ -307,7 +308,7 @@ def quality_figure(
     Args:
         rows: {"k", "quality", "uncertainty"}, the original (k = 0) first.
     """
-    look, figure_class = _theme(theme), require_matplotlib()
+    look, figure_class = theme_of(theme), require_matplotlib()
     figure = figure_class(figsize=(FIGURE_WIDTH, 3.4), layout="constrained", facecolor=look["paper"])
     axes = _line_axes(figure, look, "operators taken out (k)", metric)
     if cliff:
@@ -337,7 +338,7 @@ def tradeoff_figure(rows: Sequence[Mapping[str, Any]], metric: str, theme: str =
     Args:
         rows: {"k", "quality", "uncertainty", "speed_up", "speed_up_low", "speed_up_high"}.
     """
-    look, figure_class = _theme(theme), require_matplotlib()
+    look, figure_class = theme_of(theme), require_matplotlib()
     figure = figure_class(figsize=(FIGURE_WIDTH, 3.4), layout="constrained", facecolor=look["paper"])
     axes = _line_axes(figure, look, "speed-up of a denoiser call (bars: 99% intervals)", metric)
     x, y = [row["speed_up"] for row in rows], [row["quality"] for row in rows]
@@ -366,7 +367,7 @@ def training_figure(log: Mapping[str, Sequence[Mapping[str, float]]], theme: str
     Args:
         log: name of the run -> rows with "step" and a number for each term; as `training/distill.py` writes log.csv.
     """
-    look, figure_class = _theme(theme), require_matplotlib()
+    look, figure_class = theme_of(theme), require_matplotlib()
     no_terms = ("step", "lr", "images_per_s", "epoch")
     terms = [t for t in dict.fromkeys(k for rows in log.values() for row in rows for k in row) if t not in no_terms]
     terms = [t for t in terms if any(row.get(t, 0) > 0 for rows in log.values() for row in rows)]

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..loading import one_line
-from . import demo, evaluate, profile, prune, report, score, show, sweep
+from . import additivity, benchmark, demo, evaluate, profile, prune, report, score, show, sweep
 
-COMMANDS = (score, sweep, prune, profile, evaluate, report, demo, show)
+COMMANDS = (score, sweep, prune, profile, evaluate, report, benchmark, additivity, demo, show)
 
 
 class _Parser(argparse.ArgumentParser):
