@@ -247,16 +247,13 @@ def evaluation_section(evaluation: Evaluation) -> str:
     )
 
 
-def environment(device: str, dtype: str, threads: int) -> str:
-    """What numbers were measured on."""
+def environment(p: Profile) -> str:
+    """What a profile was measured on."""
+    device = processor_name() if p.device == "cpu" else p.device
     return (
-        f"{processor_name() if device == 'cpu' else device} ({platform.machine()}, {threads} thread{'s' if threads != 1 else ''}), "
-        f"{dtype}, torch {torch.__version__}, diffusers {diffusers_version}, Python {platform.python_version()}"
+        f"{device} ({platform.machine()}, {p.threads} thread{'s' if p.threads != 1 else ''}), {p.dtype}, "
+        f"torch {torch.__version__}, diffusers {diffusers_version}, Python {platform.python_version()}"
     )
-
-
-def profile_environment(p: Profile) -> str:
-    return environment(p.device, p.dtype, p.threads)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

@@ -209,11 +209,6 @@ def _write(folder: Path, result: DemoResult) -> None:
     write_atomically(folder / "index.html", _page(result, figures, labels))
 
 
-def environment(result: DemoResult) -> str:
-    """What the numbers were measured on."""
-    return reporting.profile_environment(result.profiles["original"])
-
-
 def _scoring_text(result: DemoResult) -> str:
     s = result.settings
     return (
@@ -260,7 +255,7 @@ def _page(result: DemoResult, figures: dict[str, Any], labels: Sequence[str]) ->
     note = (
         f'<p class="note">One denoiser call with {p.batch_size} samples (one picture under guidance): the median of {s.repeats} calls '
         f"in the quickest of {s.rounds} rounds, in which the models took turns. IQR is the distance of the quartiles in that round; "
-        f"a difference in latency that is smaller says nothing. MACs are for one sample. {html.escape(environment(result))}.</p>"
+        f"a difference in latency that is smaller says nothing. MACs are for one sample. {html.escape(reporting.environment(result.profiles['original']))}.</p>"
     )
     drawn = (
         f"{s.picture_steps} denoising steps, guidance {s.guidance_scale:g}, the same noise along each line. Nothing was trained "
@@ -295,7 +290,7 @@ def _page(result: DemoResult, figures: dict[str, Any], labels: Sequence[str]) ->
         lead,
         _facts(result),
         sections,
-        f"Made by ld-pruner demo. {environment(result)}.",
+        f"Made by ld-pruner demo. {reporting.environment(result.profiles['original'])}.",
     )
 
 
@@ -305,7 +300,7 @@ def _readme(result: DemoResult) -> str:
         f"# ld-pruner demo: {result.settings.name}",
         "",
         f"Scoring: {_scoring_text(result)}.",
-        f"Measured on {environment(result)}.",
+        f"Measured on {reporting.environment(result.profiles['original'])}.",
         "",
     ]
     lines += ["| model | parameters | MACs a sample | latency | IQR |", "|---|---|---|---|---|"]
