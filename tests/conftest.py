@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
-os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""})
+LOOPBACK = socket.create_server(("127.0.0.1", 0))
+"""Where tests/hub starts its Hub. Clients read the address once, on import, so it is chosen here."""
+
+os.environ.update({
+    "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": f"http://127.0.0.1:{LOOPBACK.getsockname()[1]}", "HF_HOME": tempfile.mkdtemp(),
+    "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "",
+})  # fmt: skip
 
 import diffusers
 import pytest
