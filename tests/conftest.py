@@ -10,12 +10,10 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-LOOPBACK = socket.create_server(("127.0.0.1", 0))
-"""Where tests/hub starts its Hub. Clients read the address once, on import, so it is chosen here."""
-
+# Clients of the Hub read its address once, on import, so the place where tests/hub starts one is chosen here.
 os.environ.update({
-    "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": f"http://127.0.0.1:{LOOPBACK.getsockname()[1]}", "HF_HOME": tempfile.mkdtemp(),
-    "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "",
+    "HF_ENDPOINT": "http://127.0.0.1:" + str((LOOPBACK := socket.create_server(("127.0.0.1", 0))).getsockname()[1]),
+    "HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp(), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "",
 })  # fmt: skip
 
 import diffusers

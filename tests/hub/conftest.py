@@ -33,7 +33,7 @@ def hub(_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", WRITE)
-    assert constants.ENDPOINT == _server.url
+    assert _server.url == constants.ENDPOINT
     huggingface_hub.close_session()
     return _server
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from huggingface_hub import HfApi, hf_hub_download
 
 
@@ -13,8 +15,8 @@ def test_upload_and_download(hub, tmp_path, transport):
     (tmp_path / "up" / "b.bin").write_bytes(transport.encode() + bytes(range(256)) * 5000)
     api.upload_folder(repo_id=f"alice/files-{transport}", folder_path=tmp_path / "up")
     for name in ("a.txt", "b.bin"):
-        got = hf_hub_download(f"alice/files-{transport}", name)
-        assert open(got, "rb").read() == (tmp_path / "up" / name).read_bytes()
+        got = Path(hf_hub_download(f"alice/files-{transport}", name))
+        assert got.read_bytes() == (tmp_path / "up" / name).read_bytes()
     used = {"xet": "/v1/xorbs", "lfs": "/lfs/"}
     assert any(entry["path"].startswith(used[transport]) for entry in hub.log)
     other = used["lfs" if transport == "xet" else "xet"]
