@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..loading import PLAN_FILE
+from ..measurements import MEASUREMENTS_FILE, Measurements
 from ..plan import PruningPlan
 from .common import ROWS_FILE
 
-PLAN_FILE = "pruning_plan.json"
 _STAGING = ".ld-pruner-new"
 
 
@@ -36,12 +37,14 @@ def check_output(folder: Path, overwrite: bool) -> Path:
     return folder
 
 
-def save_into(pipe: Any, folder: Path, plan: PruningPlan) -> None:
-    """Save pipeline and plan completely beside what the folder has, then put them in its place."""
+def save_into(pipe: Any, folder: Path, plan: PruningPlan | None, measurements: Measurements) -> None:
+    """Save pipeline, plan and measurements completely beside what the folder has, then put them in its place."""
     staging = folder / _STAGING
     shutil.rmtree(staging, ignore_errors=True)
     pipe.save_pretrained(staging)
-    plan.save(staging / PLAN_FILE)
+    if plan is not None:
+        plan.save(staging / PLAN_FILE)
+    measurements.save(staging / MEASUREMENTS_FILE)
     for old in folder.iterdir():
         if old.name in (ROWS_FILE, _STAGING):
             continue

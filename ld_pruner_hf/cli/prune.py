@@ -6,9 +6,13 @@ import argparse
 import re
 from pathlib import Path
 
-from ..loading import load_pipeline
+from ..latents import find_denoiser, make_conditions
+from ..loading import is_repo_id, load_pipeline, load_plan
+from ..measurements import measured
+from ..modeling import plan_of
 from ..pipeline import make_plan, profile, prune
-from ..plan import PruningPlan
+from ..plan import PlanError, PruningPlan
+from ..presets import PRESETS
 from ..scores import OperatorScores
 from .common import ROWS_FILE, add_pipeline, add_scoring, call_arguments, scoring_arguments
 from .output import check_output, save_into
@@ -19,7 +23,10 @@ HELP = "take operators out and save the pipeline"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline(parser)
-    parser.add_argument("target", metavar="K|PLAN.json", help="how many operators to take out, or a pruning plan")
+    parser.add_argument(
+        "target", metavar="K|PLAN", help="how many operators to take out; or a pruning plan: a file, a Hub id (user/plan), or a "
+        f"hand-made one ({', '.join(PRESETS)})",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="folder for the pruned pipeline and its plan"
     )
@@ -31,14 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_scoring(parser)
 
 
-def _target(text: str) -> int | PruningPlan:
-    """K or the path of a plan."""
-    return int(text) if re.fullmatch(r"[+-]?\d+", text) else PruningPlan.load(text)
+def _target(text: str) -> int | str | PruningPlan:
+    """K, the name of a hand-made plan, or a plan."""
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if text in PRESETS:
+        return text
+    try:
+        return load_plan(text)
+    except PlanError as error:
+        if Path(text).exists():
+            raise
+        raise ValueError(
+            f"{text}: got no whole number, no file, no Hub id and none of the hand-made plans ({', '.join(PRESETS)})"
+        ) from error
 
 
 def run(args: argparse.Namespace) -> None:
     target = _target(args.target)
-    if isinstance(target, PruningPlan) and (args.scores or args.criterion):
+    if not isinstance(target, int) and (args.scores or args.criterion):
         raise ValueError(
             "--scores and --criterion choose operators; the plan already names them, leave these options out"
         )
@@ -50,15 +68,20 @@ def run(args: argparse.Namespace) -> None:
     given = OperatorScores.load(args.scores) if args.scores else None
     folder = check_output(Path(args.output), args.overwrite)
     pipe = load_pipeline(args.pipeline, args.dtype, args.device)
-    if not isinstance(target, PruningPlan):
+    if isinstance(target, int):
         scoring = {} if given else {**how, "resume_from": folder / ROWS_FILE}
         target = make_plan(pipe, target, scores=given, criterion=args.criterion, component=args.component, **scoring)
     call = {"prompt": how["conditions"][0]} if how["conditions"] else {}
     call |= call_arguments(args)
-    measuring = {"component": target.component or args.component, "repeats": args.repeats, **call}
+    named = args.component or getattr(target, "component", None) or None
+    component = find_denoiser(pipe, named, **make_conditions(pipe, None, call)[0])
+    measuring = {"component": component, "repeats": args.repeats, **call}
     before = profile(pipe, **measuring)
-    plan = prune(pipe, target, component=args.component)
+    done = prune(pipe, target, component=args.component)
     after = profile(pipe, **measuring)
-    save_into(pipe, folder, plan)
-    print(plan)
-    print(f"\nbefore: {before}\nafter:  {after}\nsaved to {folder}; load it after `import ld_pruner_hf`")
+    base = args.pipeline if is_repo_id(args.pipeline) and not Path(args.pipeline).exists() else None
+    plan = done if isinstance(done, PruningPlan) else None
+    save_into(pipe, folder, plan, measured(component, before, after, call, base))
+    print(done)
+    needs = "" if plan_of(getattr(pipe, component)) is None else "; load it after `import ld_pruner_hf`"
+    print(f"\nbefore: {before}\nafter:  {after}\nsaved to {folder}{needs}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers import __version__ as diffusers_version
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from tqdm.auto import tqdm
@@ -21,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from .. import report
 from ..latents import final_latents, find_denoiser, preserved
+from ..measurements import environment_of
 from ..pipeline import make_plan, profile, prune, score
 from ..plan import PruningPlan, write_atomically
 from ..profiling import Profile
@@ -244,22 +243,9 @@ def _write(folder: Path, result: DemoResult) -> None:
     write_atomically(folder / "index.html", _page(result, figures, labels))
 
 
-def _processor() -> str:
-    """The processor's name where Linux tells it, else "cpu"."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "cpu"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
-
-
 def environment(result: DemoResult) -> str:
     """What the numbers were measured on."""
-    p = result.profiles["original"]
-    return (
-        f"{_processor() if p.device == 'cpu' else p.device} ({platform.machine()}, {p.threads} thread{'s' if p.threads != 1 else ''}), {p.dtype}, "
-        f"torch {torch.__version__}, diffusers {diffusers_version}, Python {platform.python_version()}"
-    )
+    return environment_of(result.profiles["original"])
 
 
 def _scoring_text(result: DemoResult) -> str:

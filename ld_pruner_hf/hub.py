@@ -1,0 +1,595 @@
+"""Publish: one commit with a pruned pipeline, its plan, scores, figures and a model card; or a plan alone.
+
+Nothing is written into the folder that is published, and the repository changes only by the last request, the commit. So a
+failed upload leaves both as they were, and the same command again sends only what is missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import inspect
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from torch import nn
+
+from .cards import CardFacts, Metric, PrunedPart, pipeline_card, plan_card, plan_for
+from .latents import make_conditions
+from .loading import PLAN_FILE, is_repo_id, load_pipeline, one_line
+from .measurements import MEASUREMENTS_FILE, Measurements, measured
+from .modeling import PLAN_KEY, RECORD_KEY, plan_of
+from .pipeline import profile
+from .plan import PlanError, PruningPlan, write_atomically
+from .remote_code import add_remote_code
+from .report import figure_png, importance_figure, modified_figure, picture_grid
+from .samples import Sample, draw_samples
+from .scores import OperatorScores
+from .stock import StockRecord, record_of
+
+CARD_FILE, SCORES_FILE = "README.md", "scores.jsonl"
+FIGURES = "figures"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a card says beyond what the pipeline's own files show. All of it was measured, or is stated by the user.
+
+    Attributes:
+        base_model: Hub id of the original; default: the one that the pipeline was loaded from.
+        license: the Hub's identifier of a licence; default: that of the original's card.
+        datasets: Hub ids of the data used for training after pruning; default: the recipe's.
+        metrics: see `ld_pruner_hf.cards.Metric`. recipe: flags of the training after pruning.
+        scores: of all operators; conditions are counted in the published file, not quoted.
+        measurements: default: those that `ld-pruner prune` left beside the pipeline.
+        original: the pipeline before pruning, or its name: it is measured and drawn beside the pruned one.
+        conditions: prompts, or dicts of call arguments, to draw and measure with; steps: denoising steps of the pictures.
+    """
+
+    base_model: str | None = None
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    metrics: Sequence[Metric] = ()
+    recipe: Mapping[str, Any] | None = None
+    scores: OperatorScores | None = None
+    measurements: Measurements | None = None
+    original: Any = None
+    conditions: Any = None
+    steps: int | None = None
+
+
+# ---- what the folder says --------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise PlanError(f"{path}: got {type(data).__name__}, expected a JSON object")
+    return data
+
+
+def pruned_parts(folder: Path) -> list[PrunedPart]:
+    """The pruned models of a saved pipeline, from the configs on disk.
+
+    Raises:
+        ValueError: no pipeline's folder, or nothing in it was pruned.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder}: has no model_index.json, so it holds no diffusers pipeline; save one there first")
+    parts = []
+    for name, value in _read(folder / "model_index.json").items():
+        config_file = folder / name / "config.json"
+        if not isinstance(value, list) or not config_file.is_file():
+            continue
+        config = _read(config_file)
+        plan, record = config.get(PLAN_KEY), config.get(RECORD_KEY)
+        if plan is None and record is None:
+            continue
+        before, earlier = (plan or {}).get("params_before", 0), record
+        while earlier:
+            before, earlier = earlier["params_before"], earlier.get("earlier")
+        parts.append(
+            PrunedPart(
+                name,
+                str(value[1]),
+                None if plan is None else PruningPlan.from_dict(plan, str(config_file)),
+                None if record is None else StockRecord.from_dict(record),
+                before,
+            )
+        )
+    if not parts:
+        raise ValueError(
+            f"{folder}: none of its models was pruned; prune one first (`ld-pruner prune`, pipe.prune), or publish it with "
+            "diffusers' own push_to_hub"
+        )
+    return parts
+
+
+def training_log(path: Path) -> str:
+    """What `log.csv` of training/distill.py says, in a sentence; "" if there is none."""
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "loss" not in rows[0]:
+        return ""
+    losses = [float(row["loss"]) for row in rows]
+    n = min(100, len(losses))
+    first, last = statistics.fmean(losses[:n]), statistics.fmean(losses[-n:])
+    speed = statistics.median(float(row["images_per_s"]) for row in rows)
+    return (
+        f"{len(rows)} steps; mean loss {first:.4g} over the first {n}, {last:.4g} over the last {n}; "
+        f"{speed:.3g} samples a second (median)."
+    )
+
+
+# ---- the folder that is published ------------------------------------------------------------------------------------
+
+
+def _copy(source: str, target: str) -> None:
+    """A hard link where that works: weights are large, and no file is ever changed in place."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def copy_pipeline(source: Path, folder: Path) -> None:
+    """Copy a saved pipeline, without what else lies beside it (checkpoints, logs, scores)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _copy(str(source / "model_index.json"), str(folder / "model_index.json"))
+    for name, value in _read(source / "model_index.json").items():
+        if isinstance(value, list) and (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, copy_function=_copy)
+
+
+def forget_origin(folder: Path) -> None:
+    """Remove the places that models were loaded from, which diffusers and transformers write into every config."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: cleaned(v) for k, v in value.items() if k not in ("_name_or_path", "name_or_path")}
+        return value
+
+    for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
+        data = _read(path)
+        if cleaned(data) != data:
+            write_atomically(path, json.dumps(cleaned(data), indent=2) + "\n")
+
+
+def check_private(folder: Path, token: str | None) -> None:
+    """Raise ValueError if a text file that is to be published quotes this machine's folders or the token."""
+    secrets = {"the home folder": f"{Path.home()}/", "this folder": f"{Path.cwd()}/", "the access token": token or ""}
+    texts = [CARD_FILE, PLAN_FILE, SCORES_FILE, MEASUREMENTS_FILE, "model_index.json"]
+    for path in [*(folder / name for name in texts), *folder.glob("*/*config.json")]:
+        content = path.read_text(encoding="utf-8") if path.is_file() else ""
+        found = [what for what, secret in secrets.items() if len(secret) > 1 and secret in content]
+        if found:
+            raise ValueError(
+                f"{path.relative_to(folder)} would publish {found[0]}; remove it from there and try again"
+            )
+
+
+def _figures(
+    folder: Path, parts: Sequence[PrunedPart], plan: PruningPlan | None, scores: OperatorScores | None
+) -> dict[str, str]:
+    """Draw what was removed, and the importance of all operators; file -> caption."""
+    drawn: dict[str, tuple[Callable[[], Any], str]] = {}
+    found = {part.name: plan_for(part, plan) for part in parts}
+    plans = {name: plan for name, plan in found.items() if plan is not None}
+    if plans:
+        drawn["removed_by_block.png"] = lambda: modified_figure(plans, "block"), "Operators taken out, by block"
+    if scores is not None:
+        caption = f"Importance of every operator by block ({scores.criterion}); bars are medians"
+        drawn["importance_by_block.png"] = lambda: importance_figure(scores), caption
+    captions = {}
+    for name, (draw, caption) in drawn.items():
+        try:
+            png = figure_png(draw())
+        except ImportError as error:
+            warnings.warn(f"published without figures: {error}", stacklevel=2)
+            return {}
+        (folder / FIGURES).mkdir(exist_ok=True)
+        (folder / FIGURES / name).write_bytes(png)
+        captions[f"{FIGURES}/{name}"] = caption
+    return captions
+
+
+def _labels(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [str(c["prompt"]) if isinstance(c.get("prompt"), str) else f"seed {i}" for i, c in enumerate(conditions)]
+
+
+def _write_samples(
+    folder: Path, labels: Sequence[str], original: Sequence[Sample], pruned: Sequence[Sample], how: str
+) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+    """Write the pictures as one grid and the sounds as files: (file -> caption, (label, original, pruned) of sounds)."""
+    captions, sounds = {}, []
+    (folder / FIGURES).mkdir(exist_ok=True)
+    columns = {
+        name: [s.picture for s in samples if s.picture]
+        for name, samples in (("original", original), ("pruned", pruned))
+    }
+    if len(columns["original"]) == len(columns["pruned"]) == len(labels):
+        name = f"{FIGURES}/before_after.png"
+        scale = max(1, 128 // columns["original"][0].width)
+        picture_grid(columns, labels, scale).save(folder / name)
+        captions[name] = f"Original and pruned from the same noise; {how}"
+    for i, (label, a, b) in enumerate(zip(labels, original, pruned, strict=True)):
+        if a.sound is not None and b.sound is not None:
+            files = f"{FIGURES}/original_{i}.wav", f"{FIGURES}/pruned_{i}.wav"
+            a.save_sound(folder / files[0])
+            b.save_sound(folder / files[1])
+            sounds.append((label, *files))
+    return captions, sounds
+
+
+def _compare(
+    folder: Path, pipe: Any, component: str, evidence: Evidence, base_model: str | None
+) -> tuple[Measurements, dict[str, str], list[tuple[str, str, str]]]:
+    """Measure and draw the original and the pruned pipeline."""
+    original = evidence.original
+    device = str(getattr(pipe, "device", "cpu"))
+    if isinstance(original, (str, os.PathLike)):
+        original = load_pipeline(str(original), device=device)
+    conditions = evidence.conditions
+    if conditions is None and "prompt" not in inspect.signature(pipe.__call__).parameters:
+        conditions = [{}] * 4
+    conditions = make_conditions(pipe, conditions)[:8]
+    before = profile(original, component=component, **conditions[0])
+    after = profile(pipe, component=component, **conditions[0])
+    drawn, redrawn = (draw_samples(p, conditions, evidence.steps) for p in (original, pipe))
+    steps = "the pipeline's own number of" if evidence.steps is None else str(evidence.steps)
+    how = f"{steps} denoising steps, seeds 0 to {len(conditions) - 1}, not selected"
+    captions, sounds = _write_samples(folder, _labels(conditions), drawn, redrawn, how)
+    return measured(component, before, after, conditions[0], base_model), captions, sounds
+
+
+def _licence(evidence: Evidence, base_model: str | None, token: str | None) -> dict[str, str]:
+    """The licence as stated, or that of the original's card: on the Hub, or in its folder. Empty if there is none."""
+    if evidence.license:
+        return {"license": evidence.license}
+    original = evidence.original if isinstance(evidence.original, (str, os.PathLike)) else None
+    folder = Path(original).expanduser() if original else None
+    if original and str(original).startswith("demo:"):
+        from .demo import path
+
+        folder = path(str(original).removeprefix("demo:"))
+    card = folder / CARD_FILE if folder and (folder / CARD_FILE).is_file() else base_model
+    if card is None:
+        return {}
+    try:
+        data = ModelCard.load(card, token=token, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError):  # no card; or no Hub to be reached, as in a dry run
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {k: data[k] for k in keys if isinstance(data.get(k), str)}
+
+
+def _base_model(folder: Path, evidence: Evidence, measurements: Measurements | None, token: str | None) -> str | None:
+    """Hub id of the original: as stated, as measured, or as the pipeline remembers it, if the Hub has it.
+
+    Raises:
+        ValueError: the stated one is no Hub id, or not on the Hub.
+    """
+    stated = evidence.base_model
+    if stated is not None and not is_repo_id(stated):
+        raise ValueError(f"base_model: got {stated!r}, expected a Hub id such as org/model, never a local path")
+    known = stated or (measurements.base_model if measurements else None)
+    remembered = str(_read(folder / "model_index.json").get("_name_or_path") or "")
+    name = known or (remembered if is_repo_id(remembered) and not Path(remembered).exists() else None)
+    if name is None:
+        return None
+    try:
+        HfApi(token=token).model_info(name)
+    except RepositoryNotFoundError as error:
+        if stated:
+            raise ValueError(
+                f"base_model: the Hub has no {name} that you may see; check the name and your access"
+            ) from error
+        return None
+    except Exception:  # no Hub to be reached; publishing will say so
+        return known
+    return name
+
+
+def prepare(
+    folder: Path,
+    repo_id: str,
+    evidence: Evidence,
+    *,
+    source: Path | None = None,
+    pipe: Any = None,
+    remote_code: bool = False,
+    token: str | None = None,
+) -> str:
+    """Complete a saved pipeline in `folder`, which may be changed, with all that is published; returns the card's text.
+
+    Args:
+        source: where a file that `folder` has not may be: the folder of a result, with log.csv and scores.
+        pipe: the pruned pipeline, if it is loaded; needed to measure and draw, and loaded for that if it is not.
+
+    Raises:
+        ValueError: not a pruned pipeline, a base model that is none, or a file that would publish local paths.
+    """
+    if not is_repo_id(repo_id):
+        raise ValueError(f"repository: got {repo_id!r}, expected user/name or org/name")
+    source = source or folder
+    parts = pruned_parts(folder)
+    measurements = evidence.measurements
+    if measurements is None and (source / MEASUREMENTS_FILE).is_file():
+        measurements = Measurements.load(source / MEASUREMENTS_FILE)
+    base_model = _base_model(folder, evidence, measurements, token)
+    licence = _licence(evidence, base_model, token)
+    forget_origin(folder)
+    captions: dict[str, str] = {}
+    sounds: list[tuple[str, str, str]] = []
+    if evidence.original is not None:
+        pipe = pipe if pipe is not None else load_pipeline(str(source))
+        measurements, captions, sounds = _compare(folder, pipe, parts[0].name, evidence, base_model)
+    scores = evidence.scores
+    if scores is None and (source / SCORES_FILE).is_file():
+        scores = OperatorScores.load(source / SCORES_FILE)
+    if scores is not None:
+        counted = {**scores.settings, "conditions": len(scores.settings.get("conditions", ()))}
+        replace(scores, settings=counted).save(folder / SCORES_FILE)
+    if measurements is not None:
+        measurements = replace(measurements, base_model=base_model)
+        measurements.save(folder / MEASUREMENTS_FILE)
+    plan = next((part.plan for part in parts if part.plan), None)
+    if plan is None and (source / PLAN_FILE).is_file():
+        plan = PruningPlan.load(source / PLAN_FILE)
+    if plan is not None:
+        plan.save(folder / PLAN_FILE)
+    captions |= _figures(folder, parts, plan, scores)
+    if remote_code:
+        add_remote_code(folder, [part.name for part in parts if part.plan is not None])
+    recipe = dict(evidence.recipe or {})
+    named = str(recipe.get("dataset_name") or "")
+    datasets = list(evidence.datasets) or ([named] if is_repo_id(named) and not Path(named).exists() else [])
+    facts = CardFacts(
+        repo_id, str(_read(folder / "model_index.json")["_class_name"]), parts, licence, base_model, datasets,
+        measurements, evidence.metrics, recipe, training_log(source / "log.csv"), captions, sounds,
+        remote_code and any(part.plan for part in parts), plan, scores is not None,
+    )  # fmt: skip
+    card = pipeline_card(facts)
+    write_atomically(folder / CARD_FILE, card)
+    check_private(folder, token or get_token())
+    return card
+
+
+# ---- the commit ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Turn what clients of the Hub raise into errors that say what to do."""
+    try:
+        yield
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{repo_id}: no such repository that your token may see; check the name, and log in with `hf auth login`"
+        ) from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status == 401:
+            raise ValueError(
+                f"{repo_id}: the Hub does not know the access token, or there is none; log in with `hf auth login`"
+            ) from error
+        if status == 403:
+            raise ValueError(
+                f"{repo_id}: the token may not write there; use a token with write access, or --create-pr"
+            ) from error
+        raise ConnectionError(f"{repo_id}: the Hub answered: {one_line(error)}; {_RERUN}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # httpx and hf_xet have no common base
+        raise ConnectionError(
+            f"{repo_id}: the upload broke off ({type(error).__name__}: {one_line(error)}); {_RERUN}"
+        ) from error
+
+
+_RERUN = "the local result is as it was; the same command again sends only what is missing"
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+) -> CommitInfo:
+    """Upload a prepared folder in one commit; files of an earlier version of the same parts go with it.
+
+    Args:
+        private: make a new repository private. create_pr: open a pull request instead of changing the branch.
+        revision: the branch; made if it is missing.
+
+    Raises:
+        ValueError: a token that is wrong, missing or may only read; no such repository for a pull request; a public
+            repository where a private one is asked for; metadata that the Hub does not accept.
+        ConnectionError: the Hub failed or the connection broke; nothing was committed unless its answer was lost.
+    """
+    api = HfApi(token=token)
+    with _explained(repo_id):
+        ModelCard.load(folder / CARD_FILE).validate()
+        if not create_pr:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        info = api.model_info(repo_id)
+        if private and not info.private:
+            raise ValueError(f"{repo_id}: --private, but the repository is there and public; choose another name")
+        if revision and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        parts = {name.partition("/")[0] for name in files if "/" in name}
+        gone = [
+            name
+            for name in api.list_repo_files(repo_id, revision=revision)
+            if name not in files and "/" in name and name.partition("/")[0] in parts
+        ]
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, folder / name) for name in files),
+                *(CommitOperationDelete(name) for name in gone),
+            ],
+            commit_message=commit_message or "Upload a pruned pipeline with ld_pruner_hf",
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def full_id(repo_id: str, token: str | None = None) -> str:
+    """`name` as `user/name` of the token's user; a full id as it is."""
+    if "/" in repo_id:
+        return repo_id
+    with _explained(repo_id):
+        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
+def publish(
+    result: Any,
+    repo_id: str,
+    evidence: Evidence | None = None,
+    *,
+    remote_code: bool = False,
+    save: Mapping[str, Any] | None = None,
+    **push: Any,
+) -> CommitInfo:
+    """Publish a pruned pipeline on the Hub, with its plan, scores, figures and a model card, in one commit.
+
+    Args:
+        result: a pruned pipeline, or the folder that it was saved to (by `save_pretrained`, `ld-pruner prune` or
+            training/distill.py).
+        evidence: what the card says beyond the pipeline's own files.
+        remote_code: ship the code that lets it load with `trust_remote_code=True` where this package is not installed.
+        save: arguments of `save_pretrained`, if `result` is a pipeline. **push: `private`, `create_pr`, `revision`, `token`, `commit_message`, as in `push_folder`.
+
+    Raises:
+        ValueError, ConnectionError: as `prepare` and `push_folder`.
+
+    Example:
+        >>> publish("sd-pruned", "me/sd-pruned", Evidence(base_model="CompVis/stable-diffusion-v1-4"))
+    """
+    token = push.get("token")
+    repo_id = full_id(repo_id, token)
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside) / "pipeline"
+        if isinstance(result, (str, os.PathLike)):
+            source, pipe = Path(result), None
+            pruned_parts(source)
+            copy_pipeline(source, folder)
+        else:
+            source, pipe = None, result
+            result.save_pretrained(folder, **(save or {}))
+        prepare(
+            folder, repo_id, evidence or Evidence(), source=source, pipe=pipe, remote_code=remote_code, token=token
+        )
+        return push_folder(folder, repo_id, **push)
+
+
+def push_plan(plan: PruningPlan, repo_id: str, *, base_model: str | None = None, **push: Any) -> CommitInfo:
+    """Publish a plan alone, a few kB: `pipe.prune(repo_id)` then applies it to any pipeline of that architecture.
+
+    Args:
+        base_model: Hub id of the model that the plan was made from. **push: as in `push_folder`.
+    """
+    repo_id = full_id(repo_id, push.get("token"))
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside)
+        prepare_plan(plan, folder, repo_id, base_model, push.get("token"))
+        return push_folder(folder, repo_id, **{"commit_message": "Upload a pruning plan with ld_pruner_hf", **push})
+
+
+def prepare_plan(
+    plan: PruningPlan, folder: Path, repo_id: str, base_model: str | None = None, token: str | None = None
+) -> str:
+    """Write what `push_plan` uploads; returns the card's text."""
+    if not is_repo_id(repo_id):
+        raise ValueError(f"repository: got {repo_id!r}, expected user/name or org/name")
+    if base_model is not None and not is_repo_id(base_model):
+        raise ValueError(f"base_model: got {base_model!r}, expected a Hub id such as org/model, never a local path")
+    card = plan_card(repo_id, plan, base_model)
+    plan.save(folder / PLAN_FILE)
+    write_atomically(folder / CARD_FILE, card)
+    check_private(folder, token or get_token())
+    return card
+
+
+# ---- push_to_hub of pipelines ----------------------------------------------------------------------------------------
+
+
+def is_pruned(pipe: Any) -> bool:
+    """Was a model of this pipeline pruned, by a plan or into a stock model?"""
+    models = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+    return any(plan_of(m) is not None or record_of(m) is not None for m in models)
+
+
+_OWN = {"remote_code", "revision", *Evidence.__dataclass_fields__}
+
+
+def _wrap_push_to_hub(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
+    """`push_to_hub` that publishes a pruned pipeline with plan and card; all of diffusers' arguments keep their meaning."""
+    signature = inspect.signature(push_to_hub)
+
+    @functools.wraps(push_to_hub)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = {k: kwargs[k] for k in _OWN & kwargs.keys()}
+        given = signature.bind(self, *args, **{k: v for k, v in kwargs.items() if k not in own}).arguments
+        if given.get("subfolder") or not is_pruned(self):
+            return push_to_hub(self, *args, **kwargs)
+        keys = ("commit_message", "private", "token", "create_pr")
+        push = {k: given[k] for k in keys if k in given} | {k: own.pop(k) for k in ("revision",) if k in own}
+        save: dict[str, Any] = {k: given[k] for k in ("safe_serialization", "variant") if k in given}
+        remote_code = own.pop("remote_code", False)
+        return publish(self, given["repo_id"], Evidence(**own), remote_code=remote_code, save=save, **push)
+
+    wrapped.__doc__ = f"""{push_to_hub.__doc__}
+        A pruned pipeline is published with its plan and a model card; see `ld_pruner_hf.publish`, whose further arguments
+        (`remote_code`, `revision`, and the fields of `ld_pruner_hf.Evidence`) are taken by name.
+        """
+    return wrapped
+
+
+def _wrap_save_pretrained(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """`save_pretrained(push_to_hub=True)` that publishes a pruned pipeline as `push_to_hub` does, and no README.md of yours is lost."""
+    signature = inspect.signature(save_pretrained)
+
+    @functools.wraps(save_pretrained)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        if not bound.arguments.get("push_to_hub") or not is_pruned(self):
+            return save_pretrained(self, *args, **kwargs)
+        push = bound.arguments.pop("kwargs", {})
+        del bound.arguments["push_to_hub"]
+        save_pretrained(*bound.args, **bound.kwargs)
+        folder = bound.arguments["save_directory"]
+        repo_id = push.pop("repo_id", Path(folder).name)
+        evidence = Evidence(**{k: push.pop(k) for k in Evidence.__dataclass_fields__ if k in push})
+        publish(folder, repo_id, evidence, **push)
+
+    return wrapped
+
+
+def install() -> None:
+    """Make `push_to_hub` and `save_pretrained(push_to_hub=True)` of pruned pipelines publish them as `publish` does."""
+    for name, wrap in (("push_to_hub", _wrap_push_to_hub), ("save_pretrained", _wrap_save_pretrained)):
+        method = getattr(DiffusionPipeline, name)
+        if not getattr(method, "_by_ld_pruner_hf", False):
+            wrapped = wrap(method)
+            wrapped._by_ld_pruner_hf = True  # type: ignore[attr-defined]
+            setattr(DiffusionPipeline, name, wrapped)
