@@ -17,6 +17,7 @@ from .distillation import DistillationLoss, NoiseProcess
 from .features import FeatureTaps, Tap, TapPair, find_taps
 from .fitting import Fit, fit_stand_ins
 from .hub import Evidence, publish, push_plan
+from .loading import load_plan
 from .measurements import Measurements
 from .modeling import plan_of
 from .operators import find_operators
@@ -36,7 +37,7 @@ __all__ = [
     "CRITERIA", "PRESETS", "DistillationLoss", "Evidence", "FeatureTaps", "Fit", "LDPrunerMixin", "Measurements", "Metric", "Modification",
     "NoiseProcess", "Operator", "OperatorScore", "OperatorScores", "OutputRule", "PlanDiff", "PlanError", "Profile",
     "PruningPlan", "StandInSpec", "StockRecord", "Tap", "TapPair", "applied", "apply_plan_", "apply_preset_",
-    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "make_plan", "plan_of", "profile", "prune", "publish", "push_plan",
+    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "load_plan", "make_plan", "plan_of", "profile", "prune", "publish", "push_plan",
     "ratio", "record_of", "score", "score_operators", "to_stock_", "top_k",
 ]  # fmt: skip
 

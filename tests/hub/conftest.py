@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+import tiny
 from conftest import LOOPBACK
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
+
+from ld_pruner_hf.measurements import measured
 
 from .server import WRITE, HubServer
+from .store import Repo
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +44,45 @@ def hub(_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert _server.url == constants.ENDPOINT
     huggingface_hub.close_session()
     return _server
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's pauses between retries take no time."""
+    monkeypatch.setattr(_http, "time", types.SimpleNamespace(sleep=lambda _: None, time=time.time))
+
+
+@pytest.fixture(scope="session")
+def base(_server: HubServer) -> str:
+    """`acme/base`: a tiny Stable Diffusion on the Hub, with a card that states its licence."""
+    repo = _server.store.create("model", "acme/base", "alice")
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.stable_diffusion().save_pretrained(folder)
+        (Path(folder) / "README.md").write_text("---\nlicense: openrail++\n---\n# Base\n")
+        _put(repo, Path(folder))
+    return "acme/base"
+
+
+def _put(repo: Repo, folder: Path) -> None:
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    values = [{"path": path, "content": content} for path, content in files.items()]
+    repo.add_commit("main", [{"key": "file", "value": value} for value in values], "upload", "alice")
+
+
+@pytest.fixture(scope="session")
+def result(tmp_path_factory: pytest.TempPathFactory, scores: Any) -> Path:
+    """A pruned pipeline as `ld-pruner prune acme/base 8` leaves it, with its scores; tests only read it."""
+    folder = tmp_path_factory.mktemp("result") / "pruned"
+    pipe = tiny.stable_diffusion()
+    before = pipe.profile(prompt="red heart", repeats=2)
+    plan = pipe.prune(8, scores=scores)
+    after = pipe.profile(prompt="red heart", repeats=2)
+    pipe.save_pretrained(folder)
+    plan.save(folder / "pruning_plan.json")
+    scores.save(folder / "scores.jsonl")
+    call = {"prompt": "red heart", "guidance_scale": 7.5}
+    measured("unet", before, after, call, "acme/base").save(folder / "measurements.json")
+    return folder
 
 
 @pytest.fixture(params=["xet", "lfs"])

@@ -45,7 +45,7 @@ class Faults:
     """Wraps the app: logs every request, and spoils those that match a rule.
 
     A rule has `method` and `path` (a regular expression), `times` (default 1), and one of: `status` (answered instead),
-    `drop_request_after` bytes (the connection is reset while the client sends), `lost_response` (the app does its work, then
+    `delay` seconds before the app sees the request, `drop_request_after` bytes (the connection is reset while the client sends), `lost_response` (the app does its work, then
     the connection is reset before the answer).
     """
 
@@ -90,6 +90,7 @@ class Faults:
             entry["sent"] += len(message.get("body", b""))
             return await send(message)
 
+        await asyncio.sleep(rule.get("delay", 0))
         if rule.get("status"):
             body = json.dumps({"error": "injected fault"}).encode()
             headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
