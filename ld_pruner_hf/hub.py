@@ -403,6 +403,18 @@ def _explained(repo_id: str) -> Iterator[None]:
 _RERUN = "the local result is as it was; the same command again sends only what is missing"
 
 
+def check_card(path: Path) -> None:
+    """Ask the Hub whether it accepts the card's metadata; ValueError that says what is wrong."""
+    try:
+        ModelCard.load(path).validate()
+    except ValueError as error:
+        try:
+            wrong = "; ".join(entry["message"] for entry in json.loads(str(error))["errors"])
+        except (ValueError, KeyError, TypeError):
+            wrong = one_line(error)
+        raise ValueError(f"{path.name}: the Hub does not accept its metadata: {wrong}") from error
+
+
 def push_folder(
     folder: Path,
     repo_id: str,
@@ -426,7 +438,7 @@ def push_folder(
     """
     api = HfApi(token=token)
     with _explained(repo_id):
-        ModelCard.load(folder / CARD_FILE).validate()
+        check_card(folder / CARD_FILE)
         if not create_pr:
             api.create_repo(repo_id, private=private, exist_ok=True)
         info = api.model_info(repo_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -199,7 +200,7 @@ class Hub:
             token = f"{self.base_url}/api/{kind}/{ns}/{name}/xet-read-token/{oid}"
             headers |= {"X-Xet-Hash": entry["xet"], "Link": f'<{token}>; rel="xet-auth"'}
             if not self.store.lfs(entry["lfs"]).exists():
-                await self.cas.materialize(entry, self.store.lfs(entry["lfs"]))
+                await asyncio.to_thread(self.cas.rebuild, entry, self.store.lfs(entry["lfs"]))
         headers["Location"] = f"{self.cdn_url}/cdn/{entry['lfs']}?signature={self.sign('GET' + entry['lfs'])}"
         return Response(status_code=302, headers=headers)
 

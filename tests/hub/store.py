@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,11 @@ class Repo:
 
     def read(self, path: str, revision: str = "main") -> bytes | None:
         entry = self.files(revision).get(path)
-        return self.blob(entry).read_bytes() if entry else None
+        if entry is None:
+            return None
+        if entry["xet"] and not self.blob(entry).exists():
+            self.store.rebuild(entry, self.blob(entry))
+        return self.blob(entry).read_bytes()
 
     def add_commit(
         self, ref: str, operations: list[dict[str, Any]], title: str, author: str, parent: str | None = None
@@ -115,7 +119,9 @@ class Repo:
 
 
 class Store:
-    """All repositories under one folder. `xet` is filled by the Xet server: sha256 -> (size, xet hash)."""
+    """All repositories under one folder. The Xet server fills `xet`, sha256 -> (size, xet hash), and sets `rebuild`."""
+
+    rebuild: Callable[[dict[str, Any], Path], None]
 
     def __init__(self, root: Path) -> None:
         self.root, self.lock = root, threading.RLock()

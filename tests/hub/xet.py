@@ -5,7 +5,6 @@ Formats as published in huggingface/xet-core (`openapi/cas.openapi.yaml`, `file_
 
 from __future__ import annotations
 
-import asyncio
 import json
 import struct
 import time
@@ -57,6 +56,7 @@ class Cas:
 
     def __init__(self, root: Path, url: str, store: Store) -> None:
         self.xorbs, self.files, self.url, self.store = root / "xorbs", root / "xet_files", url, store
+        store.rebuild = self.rebuild
         for folder in (self.xorbs, self.files):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -66,19 +66,16 @@ class Cas:
             entry = json.loads(path.read_bytes())
             self.store.xet[entry["sha256"]] = (entry["size"], path.stem)
 
-    async def materialize(self, entry: dict[str, Any], target: Path) -> None:
+    def rebuild(self, entry: dict[str, Any], target: Path) -> None:
         """Rebuild a file for clients without Xet, as the Hub's bridge does."""
         from hf_xet import XetFileInfo, XetSession
 
-        def rebuild() -> None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            session = XetSession().new_file_download_group(
-                endpoint=self.url, token="local", token_expiry_unix_secs=int(time.time()) + 3600
-            )
-            with session as group:
-                group.start_download_file(XetFileInfo(entry["xet"], entry["size"]), str(target))
-
-        await asyncio.to_thread(rebuild)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        session = XetSession().new_file_download_group(
+            endpoint=self.url, token="local", token_expiry_unix_secs=int(time.time()) + 3600
+        )
+        with session as group:
+            group.start_download_file(XetFileInfo(entry["xet"], entry["size"]), str(target))
 
     def mount(self, app: FastAPI, hub: Any) -> None:
         @app.get("/api/{kind}/{ns}/{name}/xet-{scope}-token/{rev}", response_model=None)
