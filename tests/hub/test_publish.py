@@ -453,7 +453,7 @@ def test_a_killed_upload_is_completed_by_the_same_command(hub, base, unseen, tmp
 def test_bad_metadata_is_refused_before_anything_is_made(hub, result, tmp_path):
     shutil.copytree(result, tmp_path / "bad")
     (tmp_path / "bad" / "README.md").write_text("---\nlicense: mine\n---\n")
-    with pytest.raises(ValueError, match='README.md: the Hub does not accept its metadata: "license" must be one of'):
+    with pytest.raises(ValueError, match=r'README.md: the Hub does not accept its metadata: "license" must be one of'):
         push_folder(tmp_path / "bad", "alice/bad")
     assert hub.store.repo("model", "alice/bad") is None
 
