@@ -12,7 +12,7 @@ from . import demo
 from . import hub as _hub
 from . import modeling as _modeling
 from . import pipeline as _pipeline
-from .cards import Metric
+from .additivity import measure_additivity
 from .distillation import DistillationLoss, NoiseProcess
 from .features import FeatureTaps, Tap, TapPair, find_taps
 from .fitting import Fit, fit_stand_ins
@@ -26,7 +26,7 @@ from .plan import Modification, Operator, OutputRule, PlanDiff, PlanError, Pruni
 from .presets import PRESETS, apply_preset_
 from .profiling import Profile
 from .scores import CRITERIA, OperatorScore, OperatorScores
-from .scoring import score_operators
+from .scoring import measure_damage, score_operators
 from .selection import knapsack, ratio, top_k
 from .stock import StockRecord, record_of, to_stock_
 from .surgery import applied, apply_plan_
@@ -34,10 +34,11 @@ from .surgery import applied, apply_plan_
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "CRITERIA", "PRESETS", "DistillationLoss", "Evidence", "FeatureTaps", "Fit", "LDPrunerMixin", "Measurements", "Metric", "Modification",
+    "CRITERIA", "PRESETS", "DistillationLoss", "Evidence", "FeatureTaps", "Fit", "LDPrunerMixin", "Measurements", "Modification",
     "NoiseProcess", "Operator", "OperatorScore", "OperatorScores", "OutputRule", "PlanDiff", "PlanError", "Profile",
     "PruningPlan", "StandInSpec", "StockRecord", "Tap", "TapPair", "applied", "apply_plan_", "apply_preset_",
-    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "load_plan", "make_plan", "plan_of", "profile", "prune", "publish", "push_plan",
+    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "load_plan", "make_plan", "measure_additivity",
+    "measure_damage", "plan_of", "profile", "prune", "publish", "push_plan",
     "ratio", "record_of", "score", "score_operators", "to_stock_", "top_k",
 ]  # fmt: skip
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
-import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import diffusers
 from huggingface_hub import EvalResult, ModelCardData
 
+from .evaluation.results import Evaluation, Measurement
 from .loading import PLAN_FILE, is_repo_id
 from .measurements import Measurements
-from .plan import PlanError, PruningPlan
+from .plan import PruningPlan
 from .report import block_of, blocks_in_order
 from .stock import StockRecord
 
@@ -33,6 +31,8 @@ CITATION = """@article{castells2024ldpruner,
 
 _PATH = re.compile(r"(?<![\w:/.~-])(?:~|\.{1,2})?/(?:[^\s'\",;:()]*/)?([^\s'\",;:()/]+)/?")
 
+_FILE = re.compile(r"\.(parquet|tar|zip|txt|jsonl?|csv)\b")
+
 
 def without_paths(text: str) -> str:
     """The text with local paths cut to their last part; Hub ids and web addresses stay.
@@ -41,49 +41,6 @@ def without_paths(text: str) -> str:
     'ld-pruner prune sd plans/a.json --output out https://hf.co/a/b'
     """
     return _PATH.sub(r"\1", text)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One number about the quality of the pruned pipeline, and how it was found.
-
-    Attributes:
-        name: "FID". value: the pruned pipeline's. original: the original's, by the same protocol; None if not measured.
-        extractor: the network that made the features. samples: how many samples it was computed from.
-        dataset: Hub id or name of the reference data. device, command: on what and how.
-    """
-
-    name: str
-    value: float
-    original: float | None = None
-    extractor: str = ""
-    samples: int | None = None
-    dataset: str = ""
-    device: str = ""
-    command: str = ""
-
-    @classmethod
-    def from_dict(cls, data: Any, where: str = "metric") -> Metric:
-        if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
-            raise PlanError(f"{where}: got {data!r}, expected an object with 'name' and 'value'")
-        known = {k: v for k, v in data.items() if k in cls.__dataclass_fields__ and v is not None}
-        for key in ("value", "original"):
-            value = known.get(key, 0.0 if key == "original" else None)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise PlanError(f"{where}: {data['name']}: got {key} {value!r}, expected a finite number")
-        return cls(**known)
-
-
-def load_metrics(path: str | os.PathLike) -> tuple[Metric, ...]:
-    """Read a JSON file of metrics: a list of objects, or an object with such a list under "metrics"; see `Metric`."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PlanError(f"{path}: not readable as JSON ({error}); expected a list of metrics") from error
-    rows = data.get("metrics") if isinstance(data, dict) else data
-    if not isinstance(rows, list):
-        raise PlanError(f"{path}: got {type(rows).__name__}, expected a list of metrics")
-    return tuple(Metric.from_dict(row, f"{path}, metric {i}") for i, row in enumerate(rows, 1))
 
 
 @dataclass(frozen=True)
@@ -129,7 +86,7 @@ class CardFacts:
     base_model: str | None = None
     datasets: Sequence[str] = ()
     measurements: Measurements | None = None
-    metrics: Sequence[Metric] = ()
+    evaluation: Evaluation | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     training: str = ""
     figures: Mapping[str, str] = field(default_factory=dict)
@@ -182,6 +139,17 @@ def plan_for(part: PrunedPart, plan: PruningPlan | None) -> PruningPlan | None:
     return part.plan or (plan if plan is not None and plan.component in ("", part.name) else None)
 
 
+def _labels(evaluation: Evaluation | None) -> list[str]:
+    """Labels of the models that were evaluated: the published one is the last, the original, if it is there, the first."""
+    return list(evaluation.models) if evaluation else []
+
+
+def _dataset(measurement: Measurement) -> str:
+    """The reference data, without folders."""
+    text = without_paths(measurement.dataset or "")
+    return re.sub(r"^\S*/", "", text) if _FILE.search(text) else text
+
+
 # ---- metadata --------------------------------------------------------------------------------------------------------
 
 
@@ -192,13 +160,14 @@ def metadata(facts: CardFacts) -> ModelCardData:
     results = [
         EvalResult(
             task_type=task or "other",
-            dataset_type=m.dataset if is_repo_id(m.dataset) else "other",
-            dataset_name=m.dataset or "not stated",
+            dataset_type=_dataset(m) if is_repo_id(_dataset(m)) else "other",
+            dataset_name=_dataset(m) or "not stated",
             metric_type=m.name.lower().replace(" ", "-"),
-            metric_name=f"{m.name} ({m.extractor})" if m.extractor else m.name,
+            metric_name=f"{m.name} ({m.extractor})",
             metric_value=float(m.value),
         )
-        for m in facts.metrics
+        for m in (facts.evaluation.results if facts.evaluation else ())
+        if m.extractor and m.model == _labels(facts.evaluation)[-1]
     ]
     entries: dict[str, Any] = dict(facts.licence)
     if facts.base_model:
@@ -302,19 +271,26 @@ def _cost(m: Measurements) -> str:
 
 
 def _quality(facts: CardFacts) -> str:
-    if not facts.metrics:
+    evaluation = facts.evaluation
+    if evaluation is None or not evaluation.results:
         return "## Quality\n\nNo quality metric was measured."
-    head = ["metric", "pruned", "original", "extractor", "samples", "data", "device"]
-    rows = [
-        [
-            m.name, f"{m.value:.6g}", "-" if m.original is None else f"{m.original:.6g}", m.extractor or "-",
-            "-" if m.samples is None else str(m.samples), m.dataset or "-", m.device or "-",
-        ]
-        for m in facts.metrics
-    ]  # fmt: skip
-    commands = list(dict.fromkeys(without_paths(m.command) for m in facts.metrics if m.command))
-    ran = f"\n\nMeasured with:\n\n```bash\n{chr(10).join(commands)}\n```" if commands else ""
-    return f"## Quality\n\n{table(head, rows)}{ran}"
+    labels = _labels(evaluation)
+    heads = {label: label for label in evaluation.columns()} | {labels[0]: "original", labels[-1]: "pruned"}
+    rows = []
+    for name, extractor in dict.fromkeys((m.name, m.extractor) for m in evaluation.results):
+        found = {m.model: m for m in evaluation.results if (m.name, m.extractor) == (name, extractor)}
+        one = next(iter(found.values()))
+        values = [found[label].text() if label in found else "-" for label in heads]
+        rows.append([name, *values, extractor or "-", str(one.n or "-"), _dataset(one) or "-"])
+    text = table(["", *heads.values(), "extractor", "samples", "data"], rows)
+    devices = "; ".join(dict.fromkeys(m.device for m in evaluation.results if m.device))
+    processor = evaluation.environment.get("processor")
+    notes = [f"Measured on {devices}{f' ({processor})' if processor else ''}."]
+    notes += [f"Not measured: {s['name']} ({without_paths(s['reason'])})." for s in evaluation.skipped]
+    notes += [f"{without_paths(note)}." for note in evaluation.notes]
+    commands = list(dict.fromkeys(without_paths(m.command) for m in evaluation.results if m.command))
+    ran = f"\n\n```bash\n{chr(10).join(commands)}\n```" if commands else ""
+    return f"## Quality and cost, as evaluated\n\n{text}\n\n{' '.join(notes)}{ran}"
 
 
 def _training(facts: CardFacts) -> str:

@@ -17,17 +17,20 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from PIL import Image
 from torch import nn
 
-from .cards import CardFacts, Metric, PrunedPart, pipeline_card, plan_card, plan_for
-from .latents import make_conditions
+from .cards import CardFacts, PrunedPart, pipeline_card, plan_card, plan_for
+from .evaluation.generation import generate
+from .evaluation.results import RESULTS_FILE, Evaluation
+from .latents import call_parameters, default_prompts
 from .loading import PLAN_FILE, is_repo_id, load_pipeline, one_line
 from .measurements import MEASUREMENTS_FILE, Measurements, measured
 from .modeling import PLAN_KEY, RECORD_KEY, plan_of
@@ -35,11 +38,10 @@ from .pipeline import profile
 from .plan import PlanError, PruningPlan, write_atomically
 from .remote_code import add_remote_code
 from .report import figure_png, importance_figure, modified_figure, picture_grid
-from .samples import Sample, draw_samples
 from .scores import OperatorScores
 from .stock import StockRecord, record_of
 
-CARD_FILE, SCORES_FILE = "README.md", "scores.jsonl"
+CARD_FILE, SCORES_FILE, RECIPE_FILE = "README.md", "scores.jsonl", "recipe.json"
 FIGURES = "figures"
 
 
@@ -51,23 +53,25 @@ class Evidence:
         base_model: Hub id of the original; default: the one that the pipeline was loaded from.
         license: the Hub's identifier of a licence; default: that of the original's card.
         datasets: Hub ids of the data used for training after pruning; default: the recipe's.
-        metrics: see `ld_pruner_hf.cards.Metric`. recipe: flags of the training after pruning.
-        scores: of all operators; conditions are counted in the published file, not quoted.
+        evaluation: of the published pipeline, the last of its models; the original may be the first. Default: `evaluation.json`
+            beside the pipeline.
+        recipe: flags of the training after pruning; default: `recipe.json` beside the pipeline.
+        scores: of all operators; conditions are counted in the published file, not quoted. Default: `scores.jsonl` beside it.
         measurements: default: those that `ld-pruner prune` left beside the pipeline.
         original: the pipeline before pruning, or its name: it is measured and drawn beside the pruned one.
-        conditions: prompts, or dicts of call arguments, to draw and measure with; steps: denoising steps of the pictures.
+        prompts, call: what to draw and measure with: at most 8 prompts, and further arguments of the pipeline's call.
     """
 
     base_model: str | None = None
     license: str | None = None
     datasets: Sequence[str] = ()
-    metrics: Sequence[Metric] = ()
+    evaluation: Evaluation | None = None
     recipe: Mapping[str, Any] | None = None
     scores: OperatorScores | None = None
     measurements: Measurements | None = None
     original: Any = None
-    conditions: Any = None
-    steps: int | None = None
+    prompts: Sequence[str] | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
 
 
 # ---- what the folder says --------------------------------------------------------------------------------------------
@@ -207,53 +211,52 @@ def _figures(
     return captions
 
 
-def _labels(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [str(c["prompt"]) if isinstance(c.get("prompt"), str) else f"seed {i}" for i, c in enumerate(conditions)]
-
-
-def _write_samples(
-    folder: Path, labels: Sequence[str], original: Sequence[Sample], pruned: Sequence[Sample], how: str
+def _draw(
+    folder: Path, pipes: Mapping[str, Any], prompts: Sequence[str] | None, call: Mapping[str, Any]
 ) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
-    """Write the pictures as one grid and the sounds as files: (file -> caption, (label, original, pruned) of sounds)."""
-    captions, sounds = {}, []
+    """Draw with each pipeline from the same noise: pictures as one grid (file -> caption), sounds (label, files)."""
+    n = len(prompts) if prompts else 4
+    labels = list(prompts) if prompts else [f"seed {i}" for i in range(n)]
     (folder / FIGURES).mkdir(exist_ok=True)
-    columns = {
-        name: [s.picture for s in samples if s.picture]
-        for name, samples in (("original", original), ("pruned", pruned))
-    }
-    if len(columns["original"]) == len(columns["pruned"]) == len(labels):
-        name = f"{FIGURES}/before_after.png"
-        scale = max(1, 128 // columns["original"][0].width)
-        picture_grid(columns, labels, scale).save(folder / name)
-        captions[name] = f"Original and pruned from the same noise; {how}"
-    for i, (label, a, b) in enumerate(zip(labels, original, pruned, strict=True)):
-        if a.sound is not None and b.sound is not None:
-            files = f"{FIGURES}/original_{i}.wav", f"{FIGURES}/pruned_{i}.wav"
-            a.save_sound(folder / files[0])
-            b.save_sound(folder / files[1])
-            sounds.append((label, *files))
-    return captions, sounds
+    with tempfile.TemporaryDirectory() as aside:
+        drawn = {
+            name: generate(pipe, Path(aside) / name, n, prompts=prompts, call=dict(call), batch_size=1)
+            for name, pipe in pipes.items()
+        }
+        pictures = {name: [Image.open(p).copy() for p in sorted(d.glob("*.png"))] for name, d in drawn.items()}
+        sounds = {name: sorted(d.glob("*.wav")) for name, d in drawn.items()}
+        for name in drawn:
+            if max(len(pictures[name]), len(sounds[name])) < n:
+                raise ValueError(f"the {name} pipeline drew NaN; nothing to show beside the other")
+        captions, players = {}, []
+        if all(pictures.values()):
+            scale = max(1, 128 // next(iter(pictures.values()))[0].width)
+            picture_grid(pictures, labels, scale).save(folder / FIGURES / "before_after.png")
+            how = ", ".join([f"seeds 0 to {n - 1}", "not selected", *(f"{k}={v}" for k, v in call.items())])
+            captions[f"{FIGURES}/before_after.png"] = f"Original and pruned from the same noise; {how}"
+        for i, (label, *files) in enumerate(zip(labels, *sounds.values(), strict=all(sounds.values()))):
+            names = [f"{FIGURES}/{name}_{i}.wav" for name in pipes]
+            for source, name in zip(files, names, strict=True):
+                shutil.copy2(source, folder / name)
+            players.append((label, names[0], names[1]))
+    return captions, players
 
 
 def _compare(
     folder: Path, pipe: Any, component: str, evidence: Evidence, base_model: str | None
 ) -> tuple[Measurements, dict[str, str], list[tuple[str, str, str]]]:
     """Measure and draw the original and the pruned pipeline."""
-    original = evidence.original
-    device = str(getattr(pipe, "device", "cpu"))
+    original, prompts, call = evidence.original, evidence.prompts, dict(evidence.call)
     if isinstance(original, (str, os.PathLike)):
-        original = load_pipeline(str(original), device=device)
-    conditions = evidence.conditions
-    if conditions is None and "prompt" not in inspect.signature(pipe.__call__).parameters:
-        conditions = [{}] * 4
-    conditions = make_conditions(pipe, conditions)[:8]
-    before = profile(original, component=component, **conditions[0])
-    after = profile(pipe, component=component, **conditions[0])
-    drawn, redrawn = (draw_samples(p, conditions, evidence.steps) for p in (original, pipe))
-    steps = "the pipeline's own number of" if evidence.steps is None else str(evidence.steps)
-    how = f"{steps} denoising steps, seeds 0 to {len(conditions) - 1}, not selected"
-    captions, sounds = _write_samples(folder, _labels(conditions), drawn, redrawn, how)
-    return measured(component, before, after, conditions[0], base_model), captions, sounds
+        original = load_pipeline(str(original), device=str(pipe.device))
+    if "prompt" in call_parameters(pipe):
+        prompts = list(prompts or default_prompts()[:4])[:8]
+    elif prompts:
+        raise ValueError(f"prompts: {type(pipe).__name__} takes none; leave them out")
+    measuring = {**call, **({"prompt": prompts[0]} if prompts else {})}
+    before, after = (profile(p, component=component, **measuring) for p in (original, pipe))
+    captions, players = _draw(folder, {"original": original, "pruned": pipe}, prompts, call)
+    return measured(component, before, after, call, base_model), captions, players
 
 
 def _licence(evidence: Evidence, base_model: str | None, token: str | None) -> dict[str, str]:
@@ -356,11 +359,16 @@ def prepare(
     if remote_code:
         add_remote_code(folder, [part.name for part in parts if part.plan is not None])
     recipe = dict(evidence.recipe or {})
+    if not recipe and (source / RECIPE_FILE).is_file():
+        recipe = _read(source / RECIPE_FILE)
+    evaluation = evidence.evaluation
+    if evaluation is None and (source / RESULTS_FILE).is_file():
+        evaluation = Evaluation.load(source / RESULTS_FILE)
     named = str(recipe.get("dataset_name") or "")
     datasets = list(evidence.datasets) or ([named] if is_repo_id(named) and not Path(named).exists() else [])
     facts = CardFacts(
         repo_id, str(_read(folder / "model_index.json")["_class_name"]), parts, licence, base_model, datasets,
-        measurements, evidence.metrics, recipe, training_log(source / "log.csv"), captions, sounds,
+        measurements, evaluation, recipe, training_log(source / "log.csv"), captions, sounds,
         remote_code and any(part.plan for part in parts), plan, scores is not None,
     )  # fmt: skip
     card = pipeline_card(facts)

@@ -7,14 +7,13 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import __version__ as diffusers_version
 
 from .plan import FORMAT_VERSION, PlanError, read_json, write_atomically
-from .profiling import Profile
+from .profiling import Profile, processor_name
 
 MEASUREMENTS_FILE = "measurements.json"
 MEASUREMENTS_FORMAT = "ld_pruner_hf.measurements"
@@ -71,18 +70,9 @@ def measured(
 
 def environment_of(profile: Profile) -> str:
     """What a profile was measured on, in words: processor, threads, dtype, versions."""
-    device = _processor() if profile.device == "cpu" else profile.device
+    device = processor_name() if profile.device == "cpu" else profile.device
     threads = f"{profile.threads} thread{'s' if profile.threads != 1 else ''}"
     return (
         f"{device} ({platform.machine()}, {threads}), {profile.dtype}, "
         f"torch {torch.__version__}, diffusers {diffusers_version}, Python {platform.python_version()}"
     )
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it, else "cpu"."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "cpu"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")

@@ -5,21 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import tiny
 from hub.cards import validate
 from huggingface_hub import ModelCard
-from PIL import Image
 
-from ld_pruner_hf import Evidence, Metric, PlanError, Profile, PruningPlan
-from ld_pruner_hf.cards import load_metrics, task_of, without_paths
+from ld_pruner_hf import Evidence, PlanError, Profile, PruningPlan
+from ld_pruner_hf.cards import task_of, without_paths
+from ld_pruner_hf.evaluation import Evaluation, Measurement
 from ld_pruner_hf.hub import prepare, pruned_parts, training_log
 from ld_pruner_hf.measurements import Measurements, measured
-from ld_pruner_hf.samples import Sample, draw_samples
 
-FID = Metric(
-    "FID", 13.25, 12.5, "InceptionV3", 30_000, "org/coco-30k", "NVIDIA A100", "ld-pruner evaluate /home/me/sd --samples 30000"
+EVALUATION = Evaluation(
+    {"A": "acme/base", "B": "/home/me/pruned"},
+    (
+        Measurement("A", "FID", 12.5, extractor="InceptionV3", n=500, device="cpu, 1 thread", dataset="org/coco-30k"),
+        Measurement(
+            "B", "FID", 13.25, uncertainty=0.5, extractor="InceptionV3", n=500, device="cpu, 1 thread", dataset="org/coco-30k",
+            command="ld-pruner evaluate acme/base /home/me/pruned",
+        ),
+        Measurement("B vs A", "SSIM", 0.875, extractor="pixels", n=500, dataset="data/own/test.parquet (500 samples)"),
+        Measurement("B", "parameters", 8_000_000, "", extractor=None),
+    ),
+    notes=("B: 3 of 500 samples left out: silent",),
+    environment={"processor": "AMD EPYC"},
 )  # fmt: skip
 PROFILE = Profile(1000, 2_000_000_000, 1_900_000_000, 12.5, 0.5, 100.0, "cpu", "float32", 1, 2)
 
@@ -94,15 +103,18 @@ def test_finetuned_result(plugin_result):
         "use_ema": True,
         "streaming": False,
     }
-    text, data = card_of(plugin_result, Evidence(recipe=recipe, metrics=[FID]))
+    text, data = card_of(plugin_result, Evidence(recipe=recipe, evaluation=EVALUATION))
     assert "200 steps; mean loss 1.495 over the first 100, 0.495 over the last 100; 8 samples a second" in text
     assert data["datasets"] == ["org/pictures"]
     assert "distillation" in data["tags"]
     assert "| `max_train_steps` | `200` |" in text
     assert "streaming" not in text
     assert "/home/me" not in text
-    assert "| FID | 13.25 | 12.5 | InceptionV3 | 30000 | org/coco-30k | NVIDIA A100 |" in text
-    assert "ld-pruner evaluate sd --samples 30000" in text
+    assert "|  | original | pruned | B vs A | extractor | samples | data |" in text
+    assert "| FID | 12.5 | 13.25 ± 0.5 | - | InceptionV3 | 500 | org/coco-30k |" in text
+    assert "| SSIM | - | - | 0.875 | pixels | 500 | test.parquet (500 samples) |" in text
+    assert "ld-pruner evaluate acme/base pruned" in text
+    assert "Measured on cpu, 1 thread (AMD EPYC). B: 3 of 500 samples left out: silent." in text
     (result,) = data["model-index"][0]["results"]
     assert result["dataset"] == {"type": "org/coco-30k", "name": "org/coco-30k"}
     assert result["metrics"] == [{"type": "fid", "value": 13.25, "name": "FID (InceptionV3)"}]
@@ -128,11 +140,11 @@ def test_audio_result_has_players(tmp_path):
     scores = pipe.score(num_inference_steps=1, kinds=["ResnetBlock2D"], seeds=1)
     pipe.prune(2, scores=scores)
     pipe.save_pretrained(tmp_path)
-    evidence = Evidence(original=original, conditions=[{}, {}], steps=1, license="cc-by-sa-4.0")
+    evidence = Evidence(original=original, call={"num_inference_steps": 1}, license="cc-by-sa-4.0")
     text, data = card_of(tmp_path, evidence, pipe=pipe)
     assert data["pipeline_tag"] == "audio-to-audio"
     assert "audio" in data["tags"]
-    for i in range(2):
+    for i in range(4):
         for who in ("original", "pruned"):
             assert (tmp_path / "figures" / f"{who}_{i}.wav").read_bytes().startswith(b"RIFF")
             assert f'src="https://huggingface.co/me/small/resolve/main/figures/{who}_{i}.wav"' in text
@@ -166,7 +178,7 @@ def test_the_licence_of_a_shipped_or_local_original_is_taken_over(plugin_result,
         "---\nlicense: other\nlicense_name: special\nlicense_link: LICENSE.md\n---\n"
     )
     tiny.stable_diffusion().save_pretrained(tmp_path / "original")
-    evidence = Evidence(original=str(tmp_path / "original"), conditions=["red heart"], steps=1)
+    evidence = Evidence(original=str(tmp_path / "original"), prompts=["red heart"], call={"num_inference_steps": 1})
     _, data = card_of(plugin_result, evidence)
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "special", "LICENSE.md")
 
@@ -182,29 +194,13 @@ def test_a_local_path_is_no_base_model(plugin_result, tmp_path, monkeypatch):
     assert "base_model" not in card_of(plugin_result, Evidence())[1]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "not readable as JSON"),
-        ('"FID"', "got str, expected a list of metrics"),
-        ('[{"name": "FID"}]', "got value None, expected a finite number"),
-        ('[{"name": "FID", "value": NaN}]', "got value nan"),
-        ('[{"name": "FID", "value": true}]', "got value True"),
-        ('[{"name": "FID", "value": 1, "original": "good"}]', "got original 'good'"),
-        ('[{"value": 3}]', "expected an object with 'name'"),
-    ],
-)
-def test_wrong_metrics(tmp_path, content, message):
-    (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(PlanError, match=message):
-        load_metrics(tmp_path / "metrics.json")
-
-
-def test_metrics_as_a_list_or_in_an_object(tmp_path):
-    row = {"name": "FID", "value": 3, "unknown": 1, "device": None}
-    for content in ([row], {"metrics": [row], "more": 1}):
-        (tmp_path / "metrics.json").write_text(json.dumps(content))
-        assert load_metrics(tmp_path / "metrics.json") == (Metric("FID", 3),)
+def test_what_lies_beside_the_result_is_used(plugin_result):
+    EVALUATION.save(plugin_result / "evaluation.json")
+    (plugin_result / "recipe.json").write_text('{"max_train_steps": 7}')
+    text, data = card_of(plugin_result, Evidence())
+    assert "13.25" in text
+    assert "| `max_train_steps` | `7` |" in text
+    assert data["model-index"][0]["name"] == "small"
 
 
 @pytest.mark.parametrize(
@@ -248,21 +244,3 @@ def test_a_log_without_rows_says_nothing(tmp_path):
     assert training_log(tmp_path / "log.csv") == ""
     (tmp_path / "log.csv").write_text("step,loss\n")
     assert training_log(tmp_path / "log.csv") == ""
-
-
-def test_samples_repeat_and_leave_the_pipeline_as_it_was():
-    pipe = tiny.stable_diffusion()
-    before = tiny.snapshot(pipe)
-    conditions = [{"prompt": "red heart"}, {"prompt": "pizza"}]
-    first, second = (draw_samples(pipe, conditions, steps=1) for _ in range(2))
-    assert tiny.differences(before, tiny.snapshot(pipe)) == []
-    assert all(isinstance(s.picture, Image.Image) for s in first)
-    assert [s.picture.tobytes() for s in first] == [s.picture.tobytes() for s in second]
-    assert first[0].picture.tobytes() != first[1].picture.tobytes()
-
-
-def test_sounds_are_written_as_wav(tmp_path):
-    Sample(sound=np.array([0.0, 2.0, -1.0]), rate=8000).save_sound(tmp_path / "a.wav")
-    assert np.frombuffer((tmp_path / "a.wav").read_bytes()[44:], "<i2").tolist() == [0, 32767, -32767]
-    with pytest.raises(ValueError, match="no sound"):
-        Sample().save_sound(tmp_path / "b.wav")

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..cards import load_metrics
+from ..evaluation.results import Evaluation
 from ..hub import Evidence, copy_pipeline, full_id, prepare, prepare_plan, pruned_parts, publish, push_plan
 from ..loading import load_plan
 from ..plan import PlanError
 from ..scores import OperatorScores
-from .common import file_of_prompts
+from .common import call_argument, file_of_prompts
 
 NAME = "publish"
 HELP = "push a pruned pipeline to the Hub with its plan, scores, figures and a model card; or a plan alone"
@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     card.add_argument(
         "--dataset", action="append", default=[], metavar="ID", help="Hub id of the data of a training after pruning"
     )
-    card.add_argument("--metrics", metavar="FILE", help="JSON file of evaluation results")
+    card.add_argument(
+        "--evaluation", metavar="FILE", help="results of `ld-pruner evaluate`; default: evaluation.json of RESULT"
+    )
     card.add_argument("--scores", metavar="FILE", help="scores of all operators; default: scores.jsonl of RESULT")
     card.add_argument("--recipe", metavar="FILE", help="YAML or JSON file with the flags of a training after pruning")
     card.add_argument(
@@ -49,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--prompt", nargs="+", action="extend", metavar="P", help="prompts to draw with, at most 8")
     prompts.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line")
     card.add_argument("--num-inference-steps", type=int, metavar="N", help="denoising steps of the pictures")
+    card.add_argument(
+        "--call", type=call_argument, action="append", default=[], metavar="NAME=VALUE", help="any other argument of the "
+        "pipeline's call; may be repeated",
+    )  # fmt: skip
 
 
 def _recipe(path: str | None) -> dict[str, Any] | None:
@@ -100,9 +106,10 @@ def run(args: argparse.Namespace) -> None:
     pruned_parts(result)
     evidence = Evidence(
         base_model=args.base_model, license=args.license, datasets=args.dataset, recipe=_recipe(args.recipe),
-        metrics=load_metrics(args.metrics) if args.metrics else (), original=args.original, steps=args.num_inference_steps,
+        evaluation=Evaluation.load(args.evaluation) if args.evaluation else None, original=args.original,
         scores=OperatorScores.load(args.scores) if args.scores else None,
-        conditions=file_of_prompts(args.prompts) if args.prompts else args.prompt,
+        prompts=file_of_prompts(args.prompts) if args.prompts else args.prompt,
+        call=dict(args.call) | ({"num_inference_steps": args.num_inference_steps} if args.num_inference_steps else {}),
     )  # fmt: skip
     if not args.dry_run:
         print(_done(publish(result, args.repo, evidence, remote_code=args.remote_code, **push)))

@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file", metavar="FILE", help="pruning_plan.json, scores.jsonl or scores.json; a folder or Hub id (user/plan) with a plan",
     )  # fmt: skip
-    parser.add_argument(
-        "--criterion", choices=list(CRITERIA), help="rank scores by this formula; default: the file's own"
-    )
+    parser.add_argument("--criterion", choices=CRITERIA, help="rank scores by this criterion; default: the file's own")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from ..measurements import environment_of
 from ..pipeline import make_plan, profile, prune, score
 from ..plan import PruningPlan, write_atomically
 from ..profiling import Profile
-from ..scores import CRITERIA, OperatorScores
+from ..scores import OperatorScores
 from ..selection import check_k
 from ..surgery import applied
 from . import PROMPTS, load
@@ -91,7 +91,7 @@ def run_demo(folder: str | Path, settings: DemoSettings | None = None, device: s
     folder.mkdir(parents=True, exist_ok=True)
     stage(f"scoring the operators of its denoiser; rows go to {folder / 'scores.jsonl'}")
     scores = score_demo(pipe, folder, settings)
-    plans = {c: {k: make_plan(pipe, k, scores=scores, criterion=c) for k in settings.ks} for c in CRITERIA}
+    plans = {c: {k: make_plan(pipe, k, scores=scores, criterion=c) for k in settings.ks} for c in scores.criteria}
     stage(f"drawing {settings.pictures} prompts with every criterion and k")
     pictures = _draw_all(pipe, plans, settings)
     stage("pruning for good, measuring, saving, loading again")

@@ -239,7 +239,7 @@ def test_with_the_original_at_hand_it_is_measured_and_drawn(hub, base, result, t
     assert repo.read("figures/before_after.png").startswith(b"\x89PNG")
     measurements = Measurements.load(_write(tmp_path / "m.json", repo.read("measurements.json")))
     assert measurements.before.params - measurements.after.params == load_plan(result).params_removed
-    assert "1 denoising steps, seeds 0 to 1, not selected" in repo.read("README.md").decode()
+    assert "seeds 0 to 1, not selected, num_inference_steps=1" in repo.read("README.md").decode()
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_with_the_original_at_hand_it_is_measured_and_drawn(hub, base, result, t
         (["--private", "--create-pr"], "--private is for a new repository"),
         (["--base-model", "/home/me/sd"], "expected a Hub id such as org/model, never a local path"),
         (["--base-model", "acme/nothing"], "the Hub has no acme/nothing"),
-        (["--metrics", "missing.json"], "missing.json: not readable as JSON"),
+        (["--evaluation", "missing.json"], "missing.json: no such file"),
         (["--recipe", "missing.yaml"], "missing.yaml"),
         (["--license", "my-own"], '"license" must be one of'),
     ],
