@@ -30,7 +30,7 @@ from torch import nn
 from .cards import CardFacts, PrunedPart, pipeline_card, plan_card, plan_for
 from .evaluation.generation import generate
 from .evaluation.results import RESULTS_FILE, Evaluation
-from .latents import call_parameters, default_prompts
+from .latents import call_parameters, default_prompts, steps_argument
 from .loading import PLAN_FILE, is_repo_id, load_pipeline, one_line
 from .measurements import MEASUREMENTS_FILE, Measurements, measured
 from .modeling import PLAN_KEY, RECORD_KEY, plan_of
@@ -249,6 +249,7 @@ def _compare(
     original, prompts, call = evidence.original, evidence.prompts, dict(evidence.call)
     if isinstance(original, (str, os.PathLike)):
         original = load_pipeline(str(original), device=str(pipe.device))
+    call |= steps_argument(pipe, call.pop("num_inference_steps", None))
     if "prompt" in call_parameters(pipe):
         prompts = list(prompts or default_prompts()[:4])[:8]
     elif prompts:
@@ -280,8 +281,10 @@ def _licence(evidence: Evidence, base_model: str | None, token: str | None) -> d
     return {k: data[k] for k in keys if isinstance(data.get(k), str)}
 
 
-def _base_model(folder: Path, evidence: Evidence, measurements: Measurements | None, token: str | None) -> str | None:
-    """Hub id of the original: as stated, as measured, or as the pipeline remembers it, if the Hub has it.
+def _base_model(
+    folder: Path, evidence: Evidence, measurements: Measurements | None, recipe: Mapping[str, Any], token: str | None
+) -> str | None:
+    """Hub id of the original: as stated, as measured, the teacher, or what the pipeline was loaded from, if the Hub has it.
 
     Raises:
         ValueError: the stated one is no Hub id, or not on the Hub.
@@ -290,8 +293,8 @@ def _base_model(folder: Path, evidence: Evidence, measurements: Measurements | N
     if stated is not None and not is_repo_id(stated):
         raise ValueError(f"base_model: got {stated!r}, expected a Hub id such as org/model, never a local path")
     known = stated or (measurements.base_model if measurements else None)
-    remembered = str(_read(folder / "model_index.json").get("_name_or_path") or "")
-    name = known or (remembered if is_repo_id(remembered) and not Path(remembered).exists() else None)
+    remembered = (recipe.get("teacher"), _read(folder / "model_index.json").get("_name_or_path"))
+    name = known or next((n for n in map(str, remembered) if is_repo_id(n) and not Path(n).exists()), None)
     if name is None:
         return None
     try:
@@ -333,7 +336,10 @@ def prepare(
     measurements = evidence.measurements
     if measurements is None and (source / MEASUREMENTS_FILE).is_file():
         measurements = Measurements.load(source / MEASUREMENTS_FILE)
-    base_model = _base_model(folder, evidence, measurements, token)
+    recipe = dict(evidence.recipe or {})
+    if not recipe and (source / RECIPE_FILE).is_file():
+        recipe = _read(source / RECIPE_FILE)
+    base_model = _base_model(folder, evidence, measurements, recipe, token)
     licence = _licence(evidence, base_model, token)
     forget_origin(folder)
     captions: dict[str, str] = {}
@@ -358,9 +364,6 @@ def prepare(
     captions |= _figures(folder, parts, plan, scores)
     if remote_code:
         add_remote_code(folder, [part.name for part in parts if part.plan is not None])
-    recipe = dict(evidence.recipe or {})
-    if not recipe and (source / RECIPE_FILE).is_file():
-        recipe = _read(source / RECIPE_FILE)
     evaluation = evidence.evaluation
     if evaluation is None and (source / RESULTS_FILE).is_file():
         evaluation = Evaluation.load(source / RESULTS_FILE)
