@@ -1,4 +1,4 @@
-"""ld-pruner: score, prune and profile any diffusers pipeline from the command line; `ld-pruner demo` needs no download.
+"""ld-pruner: score, prune, profile and publish any diffusers pipeline from the command line; `ld-pruner demo` needs no download.
 
 Exit codes: 0 done, 1 a bug or a failure of the machine (with its traceback), 2 something in the command to be put right
 (one line on stderr), 130 interrupted.
@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..loading import one_line
-from . import additivity, app, benchmark, demo, evaluate, profile, prune, report, score, show, sweep
+from . import additivity, app, benchmark, demo, evaluate, profile, prune, publish, report, score, show, sweep
 
-COMMANDS = (score, prune, profile, evaluate, sweep, benchmark, additivity, report, app, demo, show)
+COMMANDS = (score, prune, profile, evaluate, sweep, benchmark, additivity, report, publish, app, demo, show)
 
 
 class _Parser(argparse.ArgumentParser):

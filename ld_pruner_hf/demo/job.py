@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from .. import report, reporting
 from ..latents import final_latents, find_denoiser, preserved
+from ..measurements import environment_of
 from ..pipeline import make_plan, profile, prune, score
 from ..plan import PruningPlan, write_atomically
 from ..profiling import Profile
@@ -255,7 +256,7 @@ def _page(result: DemoResult, figures: dict[str, Any], labels: Sequence[str]) ->
     note = (
         f'<p class="note">One denoiser call with {p.batch_size} samples (one picture under guidance): the median of {s.repeats} calls '
         f"in the quickest of {s.rounds} rounds, in which the models took turns. IQR is the distance of the quartiles in that round; "
-        f"a difference in latency that is smaller says nothing. MACs are for one sample. {html.escape(reporting.environment(result.profiles['original']))}.</p>"
+        f"a difference in latency that is smaller says nothing. MACs are for one sample. {html.escape(environment_of(result.profiles['original']))}.</p>"
     )
     drawn = (
         f"{s.picture_steps} denoising steps, guidance {s.guidance_scale:g}, the same noise along each line. Nothing was trained "
@@ -290,7 +291,7 @@ def _page(result: DemoResult, figures: dict[str, Any], labels: Sequence[str]) ->
         lead,
         _facts(result),
         sections,
-        f"Made by ld-pruner demo. {reporting.environment(result.profiles['original'])}.",
+        f"Made by ld-pruner demo. {environment_of(result.profiles['original'])}.",
     )
 
 
@@ -300,7 +301,7 @@ def _readme(result: DemoResult) -> str:
         f"# ld-pruner demo: {result.settings.name}",
         "",
         f"Scoring: {_scoring_text(result)}.",
-        f"Measured on {reporting.environment(result.profiles['original'])}.",
+        f"Measured on {environment_of(result.profiles['original'])}.",
         "",
     ]
     lines += ["| model | parameters | MACs a sample | latency | IQR |", "|---|---|---|---|---|"]
