@@ -21,15 +21,18 @@ LEVELS = {
     "presets": 5, "features": 5, "distillation": 5,
     "scoring": 6,
     "additivity": 7, "planning": 7, "report": 7,
+    "evaluation.nets": 0, "evaluation.samples": 0, "evaluation.results": 1, "evaluation.extractors": 1,
+    "evaluation.metrics": 2, "evaluation.generation": 4, "evaluation.speed": 4, "evaluation.run": 5, "evaluation": 6,
     "pipeline": 8,
-    "demo.job": 9, "app.config": 9,
-    "app.compare": 10, "app.page": 11, "app": 12,
-    "cli.common": 10,
-    "cli.output": 11,
-    "cli.app": 13, "cli.demo": 12, "cli.profile": 12, "cli.prune": 12, "cli.score": 12, "cli.show": 12,
-    "cli": 14,
-    "__init__": 15, "__main__": 15,
+    "benchmark": 9, "sweep": 9, "app.config": 9,
+    "curves": 10, "reporting": 10, "app.compare": 10,
+    "demo.job": 11, "app.page": 11,
+    "cli.common": 12, "app": 12,
+    "cli.output": 13, "cli.evaluate": 13,
+    "cli": 15,
+    "__init__": 16, "__main__": 16,
 }  # fmt: skip
+LEVELS |= {f"cli.{path.stem}": 14 for path in (PACKAGE / "cli").glob("[!_]*.py") if f"cli.{path.stem}" not in LEVELS}
 
 
 def name_of(path: Path) -> str:
