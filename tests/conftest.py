@@ -63,7 +63,7 @@ def demo_pipe() -> Any:
 
 @pytest.fixture(scope="session")
 def app_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What a page offers in the tests: a pipeline that draws, with two further versions, and one that makes sounds."""
+    """What a page offers in the tests: a pipeline that draws prompts, with two further versions, one without prompts, and sounds."""
     from ld_pruner_hf.app import load_config
 
     folder = tmp_path_factory.mktemp("app")
@@ -77,6 +77,9 @@ def app_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with torch.no_grad():
         pipe.unet.conv_out.bias += 0.1  # what finetuning may have changed
     pipe.save_pretrained(folder / "tuned")
+    faces = tiny.ldm()
+    faces.save_pretrained(folder / "faces")
+    faces.score(num_inference_steps=1, include=["mid_block.resnets.*.conv1"]).save(folder / "faces" / "scores.jsonl")
     sounds = tiny.audio_diffusion()
     sounds.save_pretrained(folder / "sounds")
     sounds.score(num_inference_steps=1, include=["*.conv1"]).save(folder / "sounds" / "scores.jsonl")
@@ -91,6 +94,7 @@ def app_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
             guidance: 2
             k: 3
             examples: [red heart, cat face]
+          - {pipeline: faces, title: Faces, steps: 2}
           - {pipeline: sounds, title: Tones, steps: 2, k: 2}
         """
     )

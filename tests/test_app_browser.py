@@ -165,6 +165,20 @@ def test_a_finetuned_version_is_the_third_column(open_page):
     assert len(set(sources(page, "#grid .thumbnail-item img"))) == 6
 
 
+def test_another_model_brings_its_own_controls(open_page):
+    page = open_page()
+    compare(page)
+    old = sources(page, "#slider img")
+    page.locator("#model-pictures input").click()
+    page.get_by_role("option", name="Faces").click()
+    page.locator("#prompt-pictures").wait_for(state="hidden")
+    page.get_by_text("Nothing made yet").first.wait_for()
+    assert page.locator("#k-pictures input[type=range]").get_attribute("max") == "2"
+    compare(page)
+    assert not set(old) & set(_until_changed(page, old))
+    assert "k = 2" in page.locator("#costs-pictures").inner_text()
+
+
 def test_sounds_have_players_and_spectrograms(open_page):
     page = open_page()
     page.get_by_role("tab", name="Sounds").click()

@@ -118,7 +118,7 @@ def test_a_plan_from_a_file(comparer, app_config):
 
 def test_sounds_with_their_spectrograms(comparer, app_config):
     comparison = comparer.compare(Request("Tones", k=2, seed=1, steps=2, pictures=2))
-    pipe = tiny.quiet(DiffusionPipeline.from_pretrained(app_config.models[1].pipeline))
+    pipe = tiny.quiet(DiffusionPipeline.from_pretrained(app_config.models[2].pipeline))
     first = pipe(steps=2, generator=torch.Generator("cpu").manual_seed(1))
     original = comparison.columns[0]
     assert len(original.sounds) == len(original.images) == 2
@@ -129,16 +129,19 @@ def test_sounds_with_their_spectrograms(comparer, app_config):
     assert [c.name for c in comparison.columns] == ["Original", "k = 2"]
 
 
-def test_a_pipeline_that_takes_no_prompt(tmp_path):
-    pipe = tiny.ldm()
-    pipe.save_pretrained(tmp_path)
-    pipe.score(num_inference_steps=1, include=["mid_block.resnets.*.conv1"]).save(tmp_path / "scores.jsonl")
-    comparer = Comparer(AppConfig((ModelEntry(str(tmp_path), "Faces"),)), "cpu")
-    assert not comparer.models["Faces"].takes_prompt and comparer.models["Faces"].max_k == 2
+def test_a_pipeline_that_takes_no_prompt(comparer, app_config):
+    model = comparer.models["Faces"]
+    assert not model.takes_prompt and not model.takes_guidance and model.max_k == 2
     columns = comparer.compare(Request("Faces", k=2, seed=5, steps=2, pictures=2)).columns
     assert columns[0].cost.batch_size == 2 and len(columns[1].images) == 2
     alone = comparer.compare(Request("Faces", k=2, seed=5, steps=2)).columns
-    assert alone[0].images[0].tobytes() == drawn(pipe)
+    assert alone[0].images[0].tobytes() == drawn(DiffusionPipeline.from_pretrained(app_config.models[1].pipeline))
+
+
+def test_guidance_of_the_config_counts_and_else_that_of_the_pipeline(app_config):
+    for given, expected in ((0, 0), (3.5, 3.5), (None, 7.5)):
+        entry = replace(app_config.models[0], guidance=given, versions=())
+        assert Comparer(AppConfig((entry,)), "cpu").models["Tiny"].guidance == expected
 
 
 def test_the_spectrogram_of_a_tone_is_a_line_at_its_height():
@@ -160,7 +163,7 @@ def test_sounds_become_int16():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "/etc/passwd"}, "Model: got '/etc/passwd', expected one of ['Tiny', 'Tones']"),
+        ({"model": "/etc/passwd"}, "Model: got '/etc/passwd', expected one of ['Tiny', 'Faces', 'Tones']"),
         ({"model": "CompVis/stable-diffusion-v1-4"}, "Model: got"),
         ({"version": "../plan.json"}, "Version: got '../plan.json'"),
         ({"prompt": "  "}, "Prompt: it is empty"),
@@ -228,7 +231,7 @@ def test_without_scores_only_the_versions_are_offered(app_config):
 
 
 def test_scores_and_plans_of_another_model_are_refused_at_the_start(app_config):
-    tones, other = app_config.models[1], app_config.models[0]
+    tones, other = app_config.models[2], app_config.models[0]
     with pytest.raises(PlanError, match="the scores are of another model"):
         Comparer(AppConfig((replace(tones, scores=other.scores),)), "cpu")
     with pytest.raises(PlanError, match="the plan was made for"):

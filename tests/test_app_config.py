@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from ld_pruner_hf import demo
+from ld_pruner_hf import OperatorScores, demo
 from ld_pruner_hf.app import AppConfig, Limits, ModelEntry, Version, load_config
+from ld_pruner_hf.surgery import weights_of
 
 
 def config(tmp_path, text):
@@ -18,14 +19,16 @@ def config(tmp_path, text):
 
 
 def test_without_a_file_every_demo_pipeline_is_offered():
-    assert [entry.pipeline for entry in load_config().models] == [f"demo:{name}" for name in demo.names()]
-    assert load_config().models[0].examples == tuple(demo.PROMPTS["emoji"])
+    models = load_config().models
+    assert {entry.pipeline for entry in models} == {f"demo:{name}" for name in demo.names()}
+    assert models[0].pipeline == "demo:emoji" and models[0].examples == tuple(demo.PROMPTS["emoji"])
 
 
-def test_every_demo_pipeline_has_scores():
-    """The page takes out the k least important operators of each; made by `ld-pruner score demo:NAME`."""
-    for name in demo.names():
-        assert (demo.path(name) / "scores.jsonl").is_file(), f"demo {name}: run ld-pruner score demo:{name}"
+@pytest.mark.parametrize("name", demo.names())
+def test_every_demo_pipeline_ships_with_scores_of_its_own_weights(name):
+    """The page takes out the k least important operators of each. Made by `ld-pruner score demo:NAME`; see docs/app.md."""
+    scores = OperatorScores.load(demo.path(name) / "scores.jsonl")
+    assert scores.weights == weights_of(getattr(demo.load(name), scores.component))
 
 
 def test_a_file_is_read_with_paths_relative_to_it(tmp_path):

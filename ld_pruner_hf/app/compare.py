@@ -129,7 +129,8 @@ class Model:
         parameters = call_parameters(self.pipe)
         self.takes_prompt = "prompt" in parameters
         self.takes_guidance = "guidance_scale" in parameters
-        self.guidance: float = entry.guidance or (parameters["guidance_scale"].default if self.takes_guidance else 1.0)
+        own_guidance = parameters["guidance_scale"].default if self.takes_guidance else 1.0
+        self.guidance: float = own_guidance if entry.guidance is None else entry.guidance
         self.rate = sample_rate(self.pipe)
         if hasattr(self.pipe, "mel"):  # librosa compiles itself at first use, which takes seconds
             self.pipe.mel.image_to_audio(Image.new("L", (self.pipe.mel.x_res, self.pipe.mel.y_res)))

@@ -86,12 +86,14 @@ class ModelEntry:
 
 
 def _demo_entries() -> tuple[ModelEntry, ...]:
-    """Every pipeline that ships with the package, with the settings of `ld-pruner demo`."""
+    """Every pipeline that ships with the package and its scores, those with prompts first; settings of `ld-pruner demo`."""
+    scored = [name for name in demo.names() if (demo.path(name) / SCORES_FILE).is_file()]
     return tuple(
         ModelEntry(
-            f"demo:{name}", title=f"{name.capitalize()} (demo)", steps=15, guidance=3.0, k=80, examples=tuple(demo.PROMPTS.get(name, ()))
+            f"demo:{name}", title=f"{name.capitalize()} (demo)", steps=15, guidance=3.0, k=80,
+            examples=tuple(demo.PROMPTS.get(name, ())),
         )
-        for name in demo.names()
+        for name in sorted(scored, key=lambda name: name not in demo.PROMPTS)
     )  # fmt: skip
 
 

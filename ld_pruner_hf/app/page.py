@@ -82,7 +82,7 @@ def _line(what: str, value: float, unit: str, before: float | None) -> str:
 
 
 def costs_html(comparison: Comparison) -> str:
-    """A card for each version: parameters, MACs, and the time that was measured while it drew."""
+    """A card for each version: parameters, MACs and measured time; how they were measured; what was taken out."""
     first = comparison.columns[0].cost
     cards = []
     for i, column in enumerate(comparison.columns):
@@ -156,7 +156,7 @@ class _Tab:
         first = comparer.models[names[0]]
         self.is_audio = first.is_audio
         kind = "sounds" if self.is_audio else "pictures"
-        with gr.Row(elem_classes="ld-main"):
+        with gr.Row():
             with gr.Column(scale=2, min_width=290):
                 self._controls(names, first, kind)
             with gr.Column(scale=5, min_width=300):
