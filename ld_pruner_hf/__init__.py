@@ -16,7 +16,7 @@ from .additivity import measure_additivity
 from .distillation import DistillationLoss, NoiseProcess
 from .features import FeatureTaps, Tap, TapPair, find_taps
 from .fitting import Fit, fit_stand_ins
-from .hub import Evidence, publish, push_plan
+from .hub import publish, push_plan
 from .loading import load_plan
 from .measurements import Measurements
 from .modeling import plan_of
@@ -25,6 +25,7 @@ from .pipeline import LDPrunerMixin, make_plan, profile, prune, score
 from .plan import Modification, Operator, OutputRule, PlanDiff, PlanError, PruningPlan, StandInSpec
 from .presets import PRESETS, apply_preset_
 from .profiling import Profile
+from .publication import Evidence
 from .scores import CRITERIA, OperatorScore, OperatorScores
 from .scoring import measure_damage, score_operators
 from .selection import knapsack, ratio, top_k

@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from ld_pruner_hf import Evidence, PlanError, Profile, PruningPlan
 from ld_pruner_hf.cards import task_of, without_paths
 from ld_pruner_hf.evaluation import Evaluation, Measurement
-from ld_pruner_hf.hub import prepare, pruned_parts, training_log
 from ld_pruner_hf.measurements import Measurements, measured
+from ld_pruner_hf.publication import prepare, pruned_parts, training_log
 
 EVALUATION = Evaluation(
     {"A": "acme/base", "B": "/home/me/pruned"},
@@ -82,7 +82,9 @@ def test_stock_result_of_a_preset(tmp_path):
 
 def test_stock_result_of_a_plan_lists_what_the_plan_took_out(tmp_path):
     pipe = tiny.stable_diffusion()
-    scores = pipe.score("pizza", num_inference_steps=1, guidance_scale=1.0, include="mid_block", standins="paper")
+    scores = pipe.score(
+        "pizza", num_inference_steps=1, guidance_scale=1.0, kinds="UNetMidBlock2DCrossAttn", standins="paper"
+    )
     plan = pipe.prune(1, scores=scores)
     assert plan.how["saved_as"].startswith("stock")
     pipe.save_pretrained(tmp_path)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.results import Evaluation
-from ..hub import Evidence, copy_pipeline, full_id, prepare, prepare_plan, pruned_parts, publish, push_plan
+from ..hub import full_id, publish, push_plan
 from ..loading import load_plan
 from ..plan import PlanError
+from ..publication import Evidence, copy_pipeline, prepare, prepare_plan, pruned_parts
 from ..scores import OperatorScores
 from .common import call_argument, file_of_prompts
 

@@ -191,8 +191,8 @@ def test_private(hub, base, result, capsys):
 def test_pull_request_to_a_repository_of_others(hub, base, result, capsys, monkeypatch):
     hub.store.create("model", "acme/shared", "alice")
     monkeypatch.setenv("HF_TOKEN", OTHER)
-    code, out, _ = run(capsys, "publish", result, "acme/shared", "--create-pr")
-    assert code == 0
+    code, out, err = run(capsys, "publish", result, "acme/shared", "--create-pr")
+    assert code == 0, err
     assert f"{hub.url}/acme/shared/discussions/1" in out
     assert len(commits(hub, "acme/shared")) == 1
     assert "README.md" in hub.store.repo("model", "acme/shared").files("refs/pr/1")

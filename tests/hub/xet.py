@@ -80,9 +80,11 @@ class Cas:
     def mount(self, app: FastAPI, hub: Any) -> None:
         @app.get("/api/{kind}/{ns}/{name}/xet-{scope}-token/{rev}", response_model=None)
         async def token(request: Request, kind: str, ns: str, name: str, scope: str, rev: str) -> Response:
+            repo = hub.open(request, kind, ns, name)
             if scope == "write":
                 hub.account(request, required=True)
-            hub.at(hub.open(request, kind, ns, name), rev)
+            if request.query_params.get("create_pr") != "1":  # the client then asks for revision "None"
+                hub.at(repo, rev)
             answer = {"casUrl": self.url, "accessToken": f"xet-{scope}", "exp": int(time.time()) + 3600}
             headers = {
                 "X-Xet-Cas-Url": self.url,
