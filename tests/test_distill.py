@@ -147,7 +147,7 @@ def test_processes_that_accelerate_does_not_start_are_an_error(folder, tmp_path)
         wait=False,
     )
     output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "torchrun --nproc_per_node" in output
+    assert process.returncode != 0 and "--multi_gpu --num_processes N" in output
 
 
 # ---- killed and resumed --------------------------------------------------------------------------------------------

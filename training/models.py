@@ -31,29 +31,30 @@ def make_student(args, teacher, component, accelerator):
         student = getattr(pruned, component)
         check_pair(getattr(teacher, component), student)
         return student
-    kept = args.output_dir / "plan.json"
-    if args.plan:
-        plan = PruningPlan.load(args.plan)
-    else:
-        resumed = args.resume_from_checkpoint and kept.is_file()
-        if accelerator.is_main_process and not resumed:  # scored once, not once a process
-            scores = args.scores
-            if scores is None:
-                accelerator.print("no --scores: scoring the operators first")
-                scores = ld_pruner_hf.score(
-                    teacher,
-                    prompts_of(args, teacher),
-                    component=component,
-                    resume_from=args.output_dir / "scores.json",
-                )
-            ld_pruner_hf.make_plan(teacher, args.prune, scores=scores, component=component).save(kept)
-        accelerator.wait_for_everyone()
-        plan = PruningPlan.load(kept)
     pruned = with_component(teacher, component, copy.deepcopy(getattr(teacher, component)))
+    if args.plan in ld_pruner_hf.PRESETS:
+        ld_pruner_hf.prune(pruned, args.plan, component=component)
+        return getattr(pruned, component)
+    kept = args.output_dir / "plan.json"
+    if args.prune:
+        _make_plan(args, teacher, component, kept, accelerator)
+    plan = PruningPlan.load(args.plan or kept)
     ld_pruner_hf.prune(pruned, plan, component=component)
     if accelerator.is_main_process:
         plan.save(kept)
     return getattr(pruned, component)
+
+
+def _make_plan(args, teacher, component, file, accelerator):
+    """Write the plan of --prune K once, not once a process; a resumed run keeps the one that it has."""
+    if accelerator.is_main_process and not (args.resume_from_checkpoint and file.is_file()):
+        scores = args.scores
+        if scores is None:
+            accelerator.print("no --scores: scoring the operators first")
+            rows = args.output_dir / "scores.json"
+            scores = ld_pruner_hf.score(teacher, prompts_of(args, teacher), component=component, resume_from=rows)
+        ld_pruner_hf.make_plan(teacher, args.prune, scores=scores, component=component).save(file)
+    accelerator.wait_for_everyone()
 
 
 def check_pair(teacher, student):
