@@ -14,6 +14,7 @@ from . import pipeline as _pipeline
 from .distillation import DistillationLoss, NoiseProcess
 from .features import FeatureTaps, Tap, TapPair, find_taps
 from .fitting import Fit, fit_stand_ins
+from .lora import LoraFit, load_lora, lora_fit
 from .modeling import plan_of
 from .operators import find_operators
 from .pipeline import LDPrunerMixin, make_plan, profile, prune, score
@@ -29,10 +30,10 @@ from .surgery import applied, apply_plan_
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "CRITERIA", "PRESETS", "DistillationLoss", "FeatureTaps", "Fit", "LDPrunerMixin", "Modification",
+    "CRITERIA", "PRESETS", "DistillationLoss", "FeatureTaps", "Fit", "LDPrunerMixin", "LoraFit", "Modification",
     "NoiseProcess", "Operator", "OperatorScore", "OperatorScores", "OutputRule", "PlanDiff", "PlanError", "Profile",
     "PruningPlan", "StandInSpec", "StockRecord", "Tap", "TapPair", "applied", "apply_plan_", "apply_preset_",
-    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "make_plan", "plan_of", "profile", "prune",
+    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "load_lora", "lora_fit", "make_plan", "plan_of", "profile", "prune",
     "ratio", "record_of", "score", "score_operators", "to_stock_", "top_k",
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ LEVELS = {
     "profiling": 3, "modeling": 3,
     "operators": 4, "stock": 4, "fitting": 4,
     "scoring": 5, "presets": 5, "features": 5, "distillation": 5,
-    "planning": 6, "report": 6,
+    "planning": 6, "report": 6, "lora": 6,
     "pipeline": 7,
     "demo.job": 8,
     "cli.common": 9,

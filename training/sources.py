@@ -175,8 +175,11 @@ def encode_rows(images, encoder, inputs, dtype):
     return produce
 
 
-def sample_teacher(inputs, conditions, seed, steps, guidance_scale, dtype):
-    """`produce` of --data_free: latents that the teacher makes from its conditions and seeds, and the conditions."""
+def sample_teacher(inputs, conditions, steps, guidance_scale, dtype):
+    """`produce` of --data_free: latents that the teacher makes from its conditions and the samples' numbers as seeds, and the conditions.
+
+    They are a data set like any other: --seed does not change it.
+    """
 
     def produce(_, numbers):
         n, chosen = len(numbers), [conditions[i % len(conditions)] for i in numbers]
@@ -184,7 +187,7 @@ def sample_teacher(inputs, conditions, seed, steps, guidance_scale, dtype):
         if steps:
             call |= steps_argument(inputs.pipe, steps)
         with preserved(inputs.pipe):
-            latents = final_latents(inputs.pipe, call, [seed + i for i in numbers])
+            latents = final_latents(inputs.pipe, call, numbers)
         if tuple(latents.shape[1:]) != inputs.sample_shape:
             raise DataError(
                 f"the teacher's samples have shape {tuple(latents.shape[1:])}, its denoiser is called with {inputs.sample_shape}"
@@ -275,8 +278,8 @@ def _data_free(args, inputs, dtype):
     elif inputs.argument == "class_labels":
         conditions = list(range(getattr(inputs.pipe, inputs.component).config.num_embeds_ada_norm))
     steps, guidance = args.data_free_steps, args.data_free_guidance
-    settings = {"steps": steps, "guidance": guidance, "seed": args.seed, "of": conditions, "count": args.data_free}
-    return sample_teacher(inputs, conditions, args.seed, steps, guidance, dtype), settings
+    settings = {"steps": steps, "guidance": guidance, "of": conditions, "count": args.data_free}
+    return sample_teacher(inputs, conditions, steps, guidance, dtype), settings
 
 
 def _cache(args, inputs, produce, items, settings, accelerator, dtype):
