@@ -186,17 +186,21 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("ablation"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="train only these"
+    )
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if not args.report:
         for seed in args.seeds:
-            for variant in VARIANTS:
+            for variant in args.variants:
                 start = time.monotonic()
                 run(args, variant, seed)
                 print(f"{variant}, seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
-    report(args)
+    if args.report or args.variants == list(VARIANTS):
+        report(args)
 
 
 if __name__ == "__main__":
