@@ -47,7 +47,9 @@ def weight_with_lora(model, path):
 
 def test_everything_fits_the_original(pipe, lora):
     fit = lora_fit(pipe, lora)
-    assert len(fit.fitting) == 4 * 2 * 4 and not fit.gone and not fit.misshapen  # 4 attentions blocks of 2, 4 layers each
+    assert (
+        len(fit.fitting) == 4 * 2 * 4 and not fit.gone and not fit.misshapen
+    )  # 4 attentions blocks of 2, 4 layers each
     assert all(old == new for old, new in fit.fitting.items())
     assert not getattr(pipe.unet, "peft_config", None)
 

@@ -58,6 +58,16 @@ def find_checkpoint(output_dir, wanted):
     return folder
 
 
+def resume_point(args, source):
+    """(checkpoint to go on from, its step), or (None, 0); the source of data is set to where it was then."""
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is None:
+        return None, 0
+    state = load_checkpoint(checkpoint)[1]
+    source.restore(state["stream"])
+    return checkpoint, state["step"]
+
+
 def remove_old(output_dir, limit):
     """Keep the newest `limit` checkpoints."""
     if limit is not None:

@@ -18,11 +18,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from checkpoints import Log, Progress, find_checkpoint, gathered, load_checkpoint, remove_old
+from checkpoints import Log, Progress, gathered, remove_old, resume_point
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from inputs import DenoiserInputs, check_resolution
-from models import add_lora, load_pipeline, make_student, save_pipeline, with_component
+from models import (
+    add_lora,
+    create_repo,
+    freeze,
+    freeze_unused,
+    load_pipeline,
+    make_student,
+    save_pipeline,
+    with_component,
+)
 from options import check_writable, parse_args
 from sources import Batches, drop_conditions, make_source, noised, open_rows
 from tqdm.auto import tqdm
@@ -107,10 +116,7 @@ class Distillation:
         self.student.to(self.accelerator.device, torch.float32)
         size = sum(p.numel() for p in self.student.parameters())
         check_writable(args.output_dir, needed=2 * 4 * size * (4 if args.use_ema else 3))
-        for part in self.pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                keeps_float32 = self.dtype == torch.float16 and getattr(part.config, "force_upcast", False)
-                part.eval().requires_grad_(False).to(torch.float32 if keeps_float32 else self.dtype)
+        freeze(self.pipe, self.dtype)
         self.teacher = getattr(self.pipe, self.component)
         self.student.train().requires_grad_(True)
         if args.train_lora_rank:
@@ -123,21 +129,12 @@ class Distillation:
         """The source of batches, where the last checkpoint left it."""
         args = self.args
         self.source = make_source(args, self.inputs, rows, self.accelerator, self.dtype)
-        self.checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        self.first_step = 0
-        if self.checkpoint is not None:
-            state = load_checkpoint(self.checkpoint)[1]
-            self.first_step = state["step"]
-            self.source.restore(state["stream"])
+        self.checkpoint, self.first_step = resume_point(args, self.source)
         self.batches = Batches(self.source, self.first_step, args, self.accelerator)
         self.blank = self.inputs.encode([self.inputs.blank], 1) if args.proportion_empty_prompts else {}
 
     def _find_taps(self):
-        """Watch one batch go through both; freeze what it shows can never be trained.
-
-        Parameters behind a stand-in of zeros get no gradient, for which DDP would wait. That backward pass also shows at
-        start-up whether a batch fits into memory.
-        """
+        """Watch one batch go through both; freeze what it shows can never be trained."""
         first, self.pairs = self.prepare(*self.batches.peek()[:2]), []
         if self.args.feature_weight:
             with self.accelerator.autocast():
@@ -145,11 +142,7 @@ class Distillation:
         self.teacher_taps = FeatureTaps(self.teacher, [pair.teacher for pair in self.pairs])
         self.student_taps = FeatureTaps(self.student, [pair.student for pair in self.pairs])
         with self.teacher_taps, self.student_taps:
-            self.terms(self.student, first)["loss"].backward()
-        self.frozen = [name for name, p in self.student.named_parameters() if p.grad is None]
-        for p in self.student.parameters():
-            p.requires_grad_(p.grad is not None)
-            p.grad = None
+            self.frozen = freeze_unused(self.student, self.terms(self.student, first)["loss"])
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
 
     @torch.no_grad()
@@ -174,6 +167,15 @@ class Distillation:
             prediction = model(**call.kwargs)[0]
         return self.loss(prediction, target, expected, self.student_taps.take(), expected_features, weights)
 
+    @contextlib.contextmanager
+    def watching(self):
+        """Features are kept inside."""
+        with self.teacher_taps, self.student_taps:
+            yield
+
+    def save(self, student):
+        save_pipeline(self.args, self.component, student)
+
     def __str__(self):
         before, after = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.teacher, self.student))
         compared = (
@@ -197,7 +199,12 @@ class Distillation:
 
 
 def train(run, args, accelerator):
-    """The loop. Returns the student, with averaged weights under --use_ema; on all but the main process perhaps None."""
+    """The loop. Returns the student, with averaged weights under --use_ema; on all but the main process perhaps None.
+
+    Args:
+        run: model, data and loss: a `Distillation`, or anything with its attributes TERMS, student, parameters, batches, prepare,
+            terms, checkpoint, first_step, samples_a_step, and those that `look` and `launch` use.
+    """
     optimizer, learning_rate = make_optimizer(args, run.parameters, accelerator)
     whole = Whole(run.student, accelerator)
     model, optimizer = accelerator.prepare(run.student, optimizer)
@@ -279,24 +286,33 @@ def look(run, args, accelerator, step, ema, parameters):
             log_grid(accelerator, grid, step)
 
 
-def main(argv=None):
-    args = parse_args(__doc__, argv)
+def launch(name, make_run, args):
+    """The frame of a training script: accelerator, trackers, the loop, the result."""
     accelerator = make_accelerator(args)
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     try:
-        run = Distillation(args, accelerator)
+        if args.push_to_hub and accelerator.is_main_process:
+            create_repo(args)
+        run = make_run(args, accelerator)
         accelerator.print(run)
+        flags = json.loads(json.dumps(vars(args), default=str))
+        if accelerator.is_main_process:
+            (args.output_dir / "recipe.json").write_text(json.dumps(flags, indent=1))
         if args.report_to != "none":
-            accelerator.init_trackers("distill", json.loads(json.dumps(vars(args), default=str)))
-        with run.teacher_taps, run.student_taps:
+            accelerator.init_trackers(name, flags)
+        with run.watching():
             student = train(run, args, accelerator)
         if run.source.skipped:
             accelerator.print(f"skipped: {dict(run.source.skipped)}")
         if accelerator.is_main_process:
-            save_pipeline(args, run.component, student)
+            run.save(student)
     finally:
         accelerator.end_training()
+
+
+def main(argv=None):
+    launch("distill", Distillation, parse_args(__doc__, argv))
 
 
 if __name__ == "__main__":
