@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,8 @@ import distill  # noqa: E402
 import options  # noqa: E402
 
 import ld_pruner_hf  # noqa: E402
+
+SHIPPED = (".py", ".yaml", ".json", ".txt")
 
 FAST = [
     *("--data_free", 8, "--data_free_steps", 2, "--train_batch_size", 2, "--max_train_steps", 2),
@@ -328,7 +332,7 @@ def test_there_are_recipes_for_each_setting_of_the_papers():
     }
     for path in RECIPES:
         arguments = ["--config", str(path), "--output_dir", "unused"]
-        assert options.make_parser("").parse_args([*options._flags_of(path, options.make_parser("")), *arguments])
+        assert options.make_parser("").parse_args([*options.flags_of(path, options.make_parser("")), *arguments])
 
 
 # ---- called wrongly ------------------------------------------------------------------------------------------------
@@ -414,3 +418,44 @@ def test_wrong_columns_and_taps_are_named(folder, run, tmp_path):
         run("--caption_column", "title", data=data)
     with pytest.raises(ValueError, match=r"no module 'down_blocks\.9'"):
         run("--feature_taps", "down_blocks.9")
+
+
+# ---- ld-pruner distill ---------------------------------------------------------------------------------------------
+
+
+def door(*flags):
+    command = [sys.executable, "-m", "ld_pruner_hf", "distill", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_line_is_a_door_to_the_script(folder, tmp_path):
+    flags = ["--teacher", folder / "sd", "--student", folder / "sd-pruned", *FAST]
+    done = door(*flags, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "out")) == 2
+    wrong = door(*flags)
+    assert wrong.returncode == 2 and "--output_dir is missing" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert "--feature_taps" in door("--help").stdout
+
+
+def test_an_installed_package_has_the_scripts(tmp_path):
+    """As pip installs it: nothing of the source checkout beside the package."""
+    root = TRAINING.parent
+    copied = tmp_path / "source"
+    for name in ("ld_pruner_hf", "training"):
+        shutil.copytree(root / name, copied / name, ignore=shutil.ignore_patterns("__pycache__", "demo"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, copied / name)
+    (copied / "ld_pruner_hf" / "demo").mkdir()
+    (copied / "ld_pruner_hf" / "demo" / "__init__.py").write_text("")
+    build = [
+        sys.executable,
+        "-c",
+        "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])",
+        tmp_path / "wheel",
+    ]
+    subprocess.run(list(map(str, build)), cwd=copied, check=True, capture_output=True, timeout=300)
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    scripts = {f"ld_pruner_hf/training/{p.relative_to(TRAINING)}" for p in TRAINING.rglob("*") if p.suffix in SHIPPED}
+    assert "ld_pruner_hf/training/recipes/distill_emoji.yaml" in scripts and scripts <= names

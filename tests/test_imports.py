@@ -23,7 +23,7 @@ LEVELS = {
     "demo.job": 8,
     "cli.common": 9,
     "cli.output": 10,
-    "cli.demo": 11, "cli.profile": 11, "cli.prune": 11, "cli.score": 11, "cli.show": 11,
+    "cli.demo": 11, "cli.distill": 11, "cli.profile": 11, "cli.prune": 11, "cli.score": 11, "cli.show": 11,
     "cli": 12,
     "__init__": 13, "__main__": 13,
 }  # fmt: skip

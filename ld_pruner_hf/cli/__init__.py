@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..loading import one_line
-from . import demo, profile, prune, score, show
+from . import demo, distill, profile, prune, score, show
 
-COMMANDS = (score, prune, profile, demo, show)
+COMMANDS = (score, prune, distill, profile, demo, show)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     for command in COMMANDS:
-        sub = commands.add_parser(command.NAME, help=command.HELP, description=command.HELP, formatter_class=_Help)
+        options = getattr(command, "PARSER", {})
+        sub = commands.add_parser(
+            command.NAME, help=command.HELP, description=command.HELP, formatter_class=_Help, **options
+        )
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser
