@@ -231,7 +231,7 @@ def sweep(
                     **_costs(pipe, plan, settings),
                     n=details.n or 0,
                     resamples=tuple(details.details.get("bootstrap", ())),
-                )  # fmt: skip
+                )
             )
     assert details is not None
     result = Sweep(

@@ -20,7 +20,7 @@ LEVELS = {
     "evaluation.generation": 4, "evaluation.speed": 4,
     "criteria": 5, "presets": 5, "features": 5, "distillation": 5, "evaluation.run": 5,
     "scoring": 6, "evaluation": 6,
-    "additivity": 7, "planning": 7, "report": 7,
+    "additivity": 7, "lora": 7, "planning": 7, "report": 7,
     "pipeline": 8, "cards": 8,
     "benchmark": 9, "sweep": 9, "publication": 9, "app.config": 9,
     "curves": 10, "hub": 10, "reporting": 10, "app.compare": 10,

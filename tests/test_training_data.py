@@ -65,6 +65,7 @@ def arguments(tmp_path):
     def make(**changes):
         defaults = {
             "dataset_name": None, "dataset_config_name": None, "train_data_dir": tmp_path / "data", "image_column": None,
+            "audio_column": None,
             "caption_column": None, "max_train_samples": None, "streaming": False, "shuffle_buffer": 4, "seed": 0,
             "cache_dir": str(tmp_path / "cache"),
         }  # fmt: skip
@@ -169,7 +170,7 @@ def test_data_with_nothing_usable_is_an_error(arguments, write):
         write_tars(arguments.folder)
     images = loaded(arguments())
     if write == "tar":
-        images.image_column = "nothing"
+        images.column = "nothing"
     with pytest.raises(DataError, match="no usable row"):
         images.batch([0])
 
@@ -297,7 +298,7 @@ def test_cached_latents_are_those_of_the_pictures(arguments, pipe, tmp_path):
     inputs = DenoiserInputs(pipe, "unet", 16)
     encoder = Encoder(pipe, inputs)
     produce = encode_rows(images, encoder, inputs, torch.float32)
-    folder = build_cache(tmp_path / "latents", {"a": 1}, produce, 5, 2, Accelerator(cpu=True), "test")
+    folder = build_cache(tmp_path / "latents", {"a": 1}, produce, range(5), 2, Accelerator(cpu=True), "test")
     source = CachedLatents(folder, seed=0)
     assert len(source.index) == 4 and images.skipped == {"broken images": 1}
     fetched = source.fetch(range(4))
@@ -316,24 +317,25 @@ def test_cached_latents_are_those_of_the_pictures(arguments, pipe, tmp_path):
 def test_a_cache_is_kept_by_its_settings(arguments, pipe, tmp_path):
     inputs, made = DenoiserInputs(pipe, "unet"), []
 
-    def produce(numbers):
+    def produce(start, numbers):
         made.append(numbers)
-        return sample_teacher(inputs, ["pizza", "red heart"], 0, 2, 1.0, torch.float32)(numbers)
+        return sample_teacher(inputs, ["pizza", "red heart"], 2, 1.0, torch.float32)(start, numbers)
 
     accelerator = Accelerator(cpu=True)
     folders = [
-        build_cache(tmp_path, settings, produce, 3, 2, accelerator, "test")
+        build_cache(tmp_path, settings, produce, range(3), 2, accelerator, "test")
         for settings in ({"a": 1}, {"a": 1}, {"a": 2})
     ]
     assert folders[0] == folders[1] != folders[2] and made == [[0, 1], [2]] * 2
     (folders[0] / "000000002.safetensors").unlink()  # a run that was broken off
-    build_cache(tmp_path, {"a": 1}, produce, 3, 2, accelerator, "test")
+    (folders[0] / "complete").unlink()
+    build_cache(tmp_path, {"a": 1}, produce, range(3), 2, accelerator, "test")
     assert made[4:] == [[2]]
 
 
 def test_teachers_samples_do_not_depend_on_their_grouping(pipe, tmp_path):
-    produce = sample_teacher(DenoiserInputs(pipe, "unet"), ["pizza", "red heart"], 0, 2, 1.0, torch.float32)
-    together, alone = produce([0, 1, 2]), produce([2])
+    produce = sample_teacher(DenoiserInputs(pipe, "unet"), ["pizza", "red heart"], 2, 1.0, torch.float32)
+    together, alone = produce(0, [0, 1, 2]), produce(2, [2])
     torch.testing.assert_close(together["mean"][2:], alone["mean"], rtol=1e-4, atol=1e-5)
     for a, b in pairwise(together["mean"]):
         assert not torch.allclose(a, b)
