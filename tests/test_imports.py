@@ -26,7 +26,7 @@ LEVELS = {
     "curves": 10, "hub": 10, "reporting": 10, "app.compare": 10,
     "demo.job": 11, "app.page": 11,
     "cli.common": 12, "app": 12,
-    "cli.output": 13, "cli.evaluate": 13,
+    "cli.output": 13, "cli.evaluate": 13, "cli.distill": 13,
     "cli": 15,
     "__init__": 16, "__main__": 16,
 }  # fmt: skip
