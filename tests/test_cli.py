@@ -303,7 +303,7 @@ def test_usage_errors_are_one_line(capsys):
     assert "NAME=VALUE" in error_of(capsys, "profile", "demo:emoji", "--call", "height")
 
 
-@pytest.mark.parametrize("command", [[], ["score"], ["prune"], ["profile"], ["demo"], ["show"]])
+@pytest.mark.parametrize("command", [[], ["score"], ["prune"], ["profile"], ["demo"], ["show"], ["app"]])
 def test_help_names_the_options(command, capsys):
     code, out, _ = run(capsys, *command, "--help")
     assert (

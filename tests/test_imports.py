@@ -12,24 +12,25 @@ import ld_pruner_hf
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ld_pruner_hf"
 LEVELS = {
-    "plan": 0, "demo": 0,
-    "scores": 1, "replacements": 1, "latents": 1, "loading": 1,
-    "surgery": 2, "selection": 2,
+    "plan": 0, "demo": 0, "evaluation.nets": 0, "evaluation.samples": 0,
+    "scores": 1, "replacements": 1, "latents": 1, "loading": 1, "evaluation.results": 1, "evaluation.extractors": 1,
+    "surgery": 2, "selection": 2, "evaluation.metrics": 2,
     "profiling": 3, "modeling": 3,
-    "evaluation.nets": 0, "evaluation.samples": 0, "evaluation.results": 1, "evaluation.extractors": 1,
-    "evaluation.metrics": 2, "evaluation.generation": 4, "evaluation.speed": 4, "evaluation.run": 5, "evaluation": 6,
     "operators": 4, "stock": 4, "fitting": 4, "trajectory": 4, "measurements": 4, "remote_code": 4,
-    "criteria": 5,
-    "presets": 5, "features": 5, "distillation": 5,
-    "scoring": 6,
+    "evaluation.generation": 4, "evaluation.speed": 4,
+    "criteria": 5, "presets": 5, "features": 5, "distillation": 5, "evaluation.run": 5,
+    "scoring": 6, "evaluation": 6,
     "additivity": 7, "planning": 7, "report": 7,
     "pipeline": 8, "cards": 8,
-    "demo.job": 9, "publication": 9, "hub": 10,
-    "cli.common": 10, "cli.output": 11,
-    "cli.demo": 12, "cli.profile": 12, "cli.prune": 12, "cli.publish": 12, "cli.score": 12, "cli.show": 12,
-    "cli": 13,
-    "__init__": 14, "__main__": 14,
+    "benchmark": 9, "sweep": 9, "publication": 9, "app.config": 9,
+    "curves": 10, "reporting": 10, "hub": 10, "app.compare": 10,
+    "demo.job": 11, "app.page": 11,
+    "cli.common": 12, "app": 12,
+    "cli.output": 13, "cli.evaluate": 13,
+    "cli": 15,
+    "__init__": 16, "__main__": 16,
 }  # fmt: skip
+LEVELS |= {f"cli.{path.stem}": 14 for path in (PACKAGE / "cli").glob("[!_]*.py") if f"cli.{path.stem}" not in LEVELS}
 
 
 def name_of(path: Path) -> str:

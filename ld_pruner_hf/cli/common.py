@@ -71,6 +71,11 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
         "pipeline", metavar="PIPELINE", help="a pipeline's folder, a Hub id (org/model), or demo:emoji"
     )
     parser.add_argument("--component", metavar="C", help="which of its models; default: the one that denoises")
+    add_call(parser)
+
+
+def add_call(parser: argparse.ArgumentParser) -> None:
+    """What goes to the pipeline's call, and where it runs."""
     parser.add_argument(
         "--guidance-scale", type=float, metavar="G", help="guidance of the calls; default: the pipeline's own"
     )
