@@ -276,26 +276,44 @@ def _patched(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callabl
             delattr(owner, name)
 
 
-def final_latents(pipe: Any, call: Condition, seeds: Sequence[int], stop_after: int | None = None) -> torch.Tensor:
-    """Run the pipeline and return the latents after the last scheduler step, undecoded: (B, ...) float32 on the CPU.
+@dataclass(frozen=True)
+class RecordedCall:
+    """The arguments of one call of a model: of the denoiser's forward, or of the autoencoder's `decode`."""
 
-    Nothing is asked of the pipeline but that its scheduler steps: the call ends when it begins to decode. Run it inside
-    `preserved(pipe)`.
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    method: str = "forward"
 
-    Args:
-        call: the pipeline's arguments for the whole batch.
-        seeds: one seed a sample; the noise depends on nothing else.
-        stop_after: stop after so many scheduler steps.
+    @property
+    def batch_size(self) -> int:
+        """Size of the first dimension of the first tensor: the samples in the call (two a picture under guidance)."""
+        for value in [*self.args, *self.kwargs.values()]:
+            if isinstance(value, torch.Tensor) and value.ndim > 1:
+                return value.shape[0]
+        return 1
 
-    Raises:
-        RuntimeError: the call made no scheduler step.
-    """
+
+@contextmanager
+def calling(model: nn.Module, method: str) -> Iterator[None]:
+    """Inside, to call the model means its method of that name: hooks and counters on the model see `decode` as a forward."""
+    if method == "forward":
+        yield
+        return
+    with _patched(model, "forward", lambda _: getattr(model, method)):
+        yield
+
+
+def denoise(
+    pipe: Any, call: Condition, seeds: Sequence[int], stop_after: int | None = None
+) -> tuple[torch.Tensor, dict[str, RecordedCall]]:
+    """Run the pipeline up to its first decoding: (latents after the last scheduler step, component -> its `decode` call)."""
     device = getattr(pipe, "_execution_device", None) or torch.device("cpu")
     generators = [torch.Generator(device="cpu" if device.type == "mps" else device).manual_seed(s) for s in seeds]
     call = dict(call)
     if "generator" in call_parameters(pipe):
         call["generator"] = generators if len(generators) > 1 else generators[0]
     latents: torch.Tensor | None = None
+    decodes: dict[str, RecordedCall] = {}
     steps = 0
 
     def keep_output(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -310,9 +328,10 @@ def final_latents(pipe: Any, call: Condition, seeds: Sequence[int], stop_after: 
 
         return kept
 
-    def stop_when_denoised(decode: Callable[..., Any]) -> Callable[..., Any]:
+    def stop_when_denoised(component: str, decode: Callable[..., Any]) -> Callable[..., Any]:
         def stopping(*args: Any, **kwargs: Any) -> Any:
             if steps:
+                decodes[component] = RecordedCall(args, dict(kwargs), "decode")
                 raise _Stop
             return decode(*args, **kwargs)
 
@@ -322,9 +341,9 @@ def final_latents(pipe: Any, call: Condition, seeds: Sequence[int], stop_after: 
     with ExitStack() as stack:
         # On the class, not on the object: some pipelines copy their scheduler.
         stack.enter_context(_patched(type(pipe.scheduler), "step", keep_output))
-        for part in modules_of(pipe).values():
+        for name, part in modules_of(pipe).items():
             if hasattr(part, "decode"):
-                stack.enter_context(_patched(part, "decode", stop_when_denoised))
+                stack.enter_context(_patched(part, "decode", functools.partial(stop_when_denoised, name)))
         try:
             pipe(**call)
         except _Stop:
@@ -334,27 +353,46 @@ def final_latents(pipe: Any, call: Condition, seeds: Sequence[int], stop_after: 
         raise RuntimeError(
             f"{type(pipe).__name__} finished without a step of its scheduler {type(pipe.scheduler).__name__}"
         )
-    return latents.detach().to("cpu", torch.float32)
+    return latents.detach().to("cpu", torch.float32), decodes
 
 
-@dataclass(frozen=True)
-class RecordedCall:
-    """The arguments of one denoiser call."""
+def final_latents(pipe: Any, call: Condition, seeds: Sequence[int], stop_after: int | None = None) -> torch.Tensor:
+    """Run the pipeline and return the latents after the last scheduler step, undecoded: (B, ...) float32 on the CPU.
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    Nothing is asked of the pipeline but that its scheduler steps: the call ends when it begins to decode. Run it inside
+    `preserved(pipe)`.
 
-    @property
-    def batch_size(self) -> int:
-        """Size of the first dimension of the first tensor: the samples in the call (two a picture under guidance)."""
-        for value in [*self.args, *self.kwargs.values()]:
-            if isinstance(value, torch.Tensor) and value.ndim > 1:
-                return value.shape[0]
-        return 1
+    Args:
+        call: the pipeline's arguments for the whole batch.
+        seeds: one seed a sample; the noise depends on nothing else.
+        stop_after: stop after so many scheduler steps.
+
+    Raises:
+        RuntimeError: the call made no scheduler step.
+    """
+    return denoise(pipe, call, seeds, stop_after)[0]
+
+
+def decoder_call(pipe: Any, component: str, call: Condition, seeds: Sequence[int]) -> RecordedCall:
+    """The arguments with which the pipeline decodes what it denoised from these seeds. Run it inside `preserved(pipe)`.
+
+    Raises:
+        ValueError: the pipeline does not decode with this component.
+    """
+    decodes = denoise(pipe, call, seeds)[1]
+    if component not in decodes:
+        raise ValueError(
+            f"{type(pipe).__name__}: its component {component!r} neither denoises nor decodes; name another with component=..."
+        )
+    return decodes[component]
 
 
 def record_call(pipe: Any, component: str, call: Condition, seed: int = 0) -> RecordedCall:
-    """The arguments of the first denoiser call of one real pipeline call. Run it inside `preserved(pipe)`."""
+    """The first call of the component in one real pipeline call. Run it inside `preserved(pipe)`.
+
+    Raises:
+        ValueError: the component neither denoises nor decodes.
+    """
     found: list[RecordedCall] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -364,14 +402,10 @@ def record_call(pipe: Any, component: str, call: Condition, seed: int = 0) -> Re
     handle = getattr(pipe, component).register_forward_pre_hook(keep, with_kwargs=True)
     try:
         try:
-            final_latents(pipe, call, [seed])
+            return decoder_call(pipe, component, call, [seed])
         except _Recorded:
             if hasattr(pipe, "maybe_free_model_hooks"):
                 pipe.maybe_free_model_hooks()
     finally:
         handle.remove()
-    if not found:
-        raise ValueError(
-            f"{type(pipe).__name__}: its component {component!r} did not run; name the denoiser with component=..."
-        )
     return found[0]

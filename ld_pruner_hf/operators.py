@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from .latents import RecordedCall, find_denoiser, make_conditions, preserved, record_call, steps_argument
+from .latents import RecordedCall, calling, find_denoiser, make_conditions, preserved, record_call, steps_argument
 from .plan import Modification, Operator, OutputRule, StandInSpec, is_inside
 from .profiling import count_macs, device_of, latency_shares, run, synchronize
 from .replacements import StandIn, channel_dim, stand_in_cost
@@ -305,7 +305,8 @@ def _on_meta(model: nn.Module, call: RecordedCall) -> Callable[[], Any]:
     def go() -> Any:
         named = (*model.named_parameters(), *model.named_buffers())
         tensors = {n: own[id(t)] if id(t) in own else t.detach().to("meta") for n, t in named}
-        return torch.func.functional_call(model, tensors, args, kwargs)
+        with calling(model, call.method):
+            return torch.func.functional_call(model, tensors, args, kwargs)
 
     return go
 

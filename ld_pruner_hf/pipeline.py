@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -14,16 +15,19 @@ from torch import nn
 
 from .fitting import fit_stand_ins
 from .latents import find_denoiser, make_conditions, preserved, record_call
+from .loading import load_plan
 from .modeling import plan_of, prune_
 from .operators import recorded, steps_argument_if_any
-from .plan import PruningPlan
-from .planning import LAST_SCORES, SCORING_ONLY, component_of, first_call, make_plan, score
+from .plan import PlanError, PruningPlan
+from .planning import LAST_SCORES, SCORING_ONLY, Goal, component_of, first_call, make_plan, score
 from .presets import PRESETS, apply_preset_
-from .profiling import Profile, device_of, measure_latency, profile_call, run
+from .profiling import Profile, profile_call
 from .scores import OperatorScores
 from .scoring import score_operators
 from .stock import StockRecord, stock_candidates, to_stock_
 from .surgery import check_plan
+
+_NAMES = {"params": "parameters", "macs": "MACs", "latency": "latency", "memory": "peak memory"}
 
 
 @overload
@@ -41,7 +45,9 @@ def prune(
     params: float | None = None,
     macs: float | None = None,
     latency: float | None = None,
+    memory: float | None = None,
     method: str | None = None,
+    rounds: int = 4,
     scores: OperatorScores | str | os.PathLike | None = None,
     criterion: str | None = None,
     component: str | None = None,
@@ -51,11 +57,16 @@ def prune(
     """Take the least important operators out of the pipeline, in place.
 
     Args:
-        target: how many operators to take out, exactly; or a `PruningPlan`, or the path of one; or the name of a hand-made
-            plan ("bk-sdm-small"; see `ld_pruner_hf.PRESETS`).
-        params, macs, latency: instead of `target`, the share to take away, at least: 0.3 for 30%. Parameters and MACs are
-            exact; latency is predicted from each operator's share of the time, then measured, with a warning if it falls short.
-        method: how a budget is met: "knapsack" (least total score; default) or "ratio" (score per unit saved, one by one).
+        target: how many operators to take out, exactly; or a `PruningPlan`, the path of one, or a Hub id ("user/plan"); or
+            the name of a hand-made plan ("bk-sdm-small"; see `ld_pruner_hf.PRESETS`).
+        params, macs, latency, memory: instead of `target`, the share to take away, at least: 0.3 for 30%. Parameters and MACs
+            are exact. Latency is predicted from each operator's share of the time, memory (weights and the peak of the
+            activations) from the weights; all four are measured before and after, with a warning where the goal is missed, or
+            where parameters or MACs go and no time does.
+        method: for a number of operators "top-k" (the default); for a budget "knapsack" (least total score; the default), "ratio"
+            (score per unit saved, one by one) or "top-k" (the least important ones, as many as it takes). For both "rounds": take
+            a part, score the rest given that, and so on; it costs as many scorings, and sees what operators do together.
+        rounds: how many, with that method.
         scores: scores to choose by, or their file; default: those of the last `score`, else the pipeline is scored first.
         criterion: formula to rank by; default: the one of the scores.
         component: which model; default: the one that denoises.
@@ -76,8 +87,10 @@ def prune(
         >>> plan = pipe.prune(42)
         >>> pipe.save_pretrained("pruned")
     """
-    goals: dict[str, Any] = {"params": params, "macs": macs, "latency": latency, "method": method}
-    _check_together(target, goals, fit)
+    goals: dict[str, Any] = {
+        "params": params, "macs": macs, "latency": latency, "memory": memory, "method": method, "rounds": rounds,
+    }  # fmt: skip
+    check_goals(target, goals, fit)
     if isinstance(target, str) and target in PRESETS:
         name = find_denoiser(pipe, component)
         record = apply_preset_(component_of(pipe, name), target, name)
@@ -94,64 +107,78 @@ def prune(
             pipe, target, **goals, scores=scores, criterion=criterion, component=component, **score_kwargs
         )
         name = plan.component
-    return _apply_(pipe, name, plan, fit, latency, score_kwargs)
+    return _apply_(pipe, name, plan, fit, score_kwargs, measure="budget" in plan.how and plan is not target)
 
 
 def _apply_(
-    pipe: DiffusionPipeline,
-    name: str,
-    plan: PruningPlan,
-    fit: bool | str,
-    latency: float | None,
-    score_kwargs: dict[str, Any],
+    pipe: DiffusionPipeline, name: str, plan: PruningPlan, fit: bool | str, score_kwargs: dict[str, Any], measure: bool
 ) -> PruningPlan:
     """Fit, apply, measure, and make a stock model of it where that is possible."""
-    fitted = None
+    model, fitted = component_of(pipe, name), None
     if fit:
         kwargs = {k: v for k, v in score_kwargs.items() if k not in SCORING_ONLY}
         fitted = fit_stand_ins(pipe, replace(plan, component=name), affine=fit == "affine", **kwargs)
         plan = fitted.plan
-    before = None if latency is None else _latency(pipe, name, score_kwargs)
-    done = prune_(component_of(pipe, name), plan)
+    if measure:
+        with preserved(pipe):
+            call = first_call(pipe, name, score_kwargs)
+            before = profile_call(model, call)
+    done = prune_(model, plan)
     if fitted is not None:
-        fitted.load_(component_of(pipe, name))
+        fitted.load_(model)
     _forget_scores(pipe)
-    if latency is not None and before is not None:
-        done = _compare_latency(done, latency, before, _latency(pipe, name, score_kwargs))
+    if measure:
+        with preserved(pipe):
+            done = _compare(done, before, profile_call(model, call))
     return replace(done, how={**done.how, "saved_as": _simplify_(pipe, name, done, score_kwargs)})
 
 
-def _latency(pipe: DiffusionPipeline, name: str, score_kwargs: dict[str, Any]) -> float:
-    """Median time of one denoiser call in ms, after warm-up."""
-    model = component_of(pipe, name)
-    with preserved(pipe):
-        call = first_call(pipe, name, score_kwargs)
-        return measure_latency(lambda: run(model, call), device_of(model))[0]
-
-
-def _compare_latency(plan: PruningPlan, share: float, before: float, after: float) -> PruningPlan:
-    """The plan with what was measured; a warning where that is more than 5 percentage points short of the budget."""
-    gain = 1 - after / before
-    if gain < share - 0.05:
+def _compare(plan: PruningPlan, before: Profile, after: Profile) -> PruningPlan:
+    """The plan with what was measured; a warning where a budget was missed, or cost quality and brought no time."""
+    ((unit, share),) = plan.how["budget"].items()
+    gains = {
+        "params": 1 - after.params / before.params,
+        "macs": 1 - after.macs / before.macs,
+        "memory": 1 - after.peak_memory_mb / before.peak_memory_mb,
+    }
+    measured: dict[str, float] = {}
+    times = ""
+    if before.latency_ms is not None and after.latency_ms is not None:
+        gains["latency"] = 1 - after.latency_ms / before.latency_ms
+        spread = max(before.latency_iqr_ms or 0.0, after.latency_iqr_ms or 0.0)
+        measured = {
+            "before_ms": round(before.latency_ms, 3), "after_ms": round(after.latency_ms, 3), "iqr_ms": round(spread, 3),
+        }  # fmt: skip
+        times = f"({before.latency_ms:.1f} -> {after.latency_ms:.1f} ms a call, quartiles {spread:.1f} ms apart)"
+        if unit in ("params", "macs") and before.latency_ms - after.latency_ms <= spread:
+            warnings.warn(
+                f"{gains[unit]:.1%} of the {_NAMES[unit]} went, but no time {times}; to make the model faster, prune by latency=",
+                stacklevel=5,
+            )
+    tolerance = 0.05 if unit in ("latency", "memory") else 1e-6
+    if unit in gains and gains[unit] < share - tolerance:
         warnings.warn(
-            f"{100 * share:.1f}% of the latency were to go, {100 * plan.how['predicted']['latency']:.1f}% were predicted, "
-            f"{100 * gain:.1f}% went ({before:.1f} -> {after:.1f} ms): the device is busy, or its time is not spent in these "
-            "operators; ask for more, or score again on the idle device",
+            f"{share:.1%} of the {_NAMES[unit]} were to go, {plan.how['predicted'][unit]:.1%} were predicted, {gains[unit]:.1%} went "
+            f"{times if unit == 'latency' else ''}: ask for more"
+            + (", or score again on an idle device: a busy one measures badly" if unit == "latency" else ""),
             stacklevel=5,
         )
-    measured = {"latency": round(gain, 4), "before_ms": round(before, 3), "after_ms": round(after, 3)}
+    measured = {**{name: round(gain, 4) for name, gain in gains.items()}, **measured}
     return replace(plan, how={**plan.how, "measured": measured})
 
 
-def _check_together(target: Any, goals: dict[str, Any], fit: bool | str) -> None:
+def check_goals(target: Any, goals: Mapping[str, Any], fit: bool | str = False) -> None:
+    """Raise ValueError if these arguments of `prune` make no sense together; nothing is loaded or computed for it."""
     if fit not in (False, True, "affine"):
         raise ValueError(f"fit: got {fit!r}, expected False, True or 'affine'")
-    if isinstance(target, (str, os.PathLike, PruningPlan)):
-        extra = [k for k, v in goals.items() if v is not None]
-        if fit and isinstance(target, str) and target in PRESETS:
-            extra.append("fit")
-        if extra:
-            raise ValueError(f"prune: {extra} cannot go together with a plan or preset; leave out one of them")
+    if not isinstance(target, (str, os.PathLike, PruningPlan)):
+        Goal.of(target, goals)
+        return
+    extra = [name for name, value in goals.items() if value is not None and name != "rounds"]
+    if fit and isinstance(target, str) and target in PRESETS:
+        extra.append("fit")
+    if extra:
+        raise ValueError(f"prune: {extra} cannot go together with a plan or preset; leave out one of them")
 
 
 def _simplify_(pipe: DiffusionPipeline, name: str, plan: PruningPlan, score_kwargs: dict[str, Any]) -> str:
@@ -178,13 +205,15 @@ def _forget_scores(pipe: DiffusionPipeline) -> None:
 
 
 def _load_plan(target: str | os.PathLike) -> PruningPlan:
-    path = Path(target)
-    if not path.is_file():
+    try:
+        return load_plan(target)
+    except PlanError:
+        if Path(target).exists():
+            raise
+        expected = "a whole number of operators, a PruningPlan, the file or Hub id of one"
         raise ValueError(
-            f"target: got {target!r}, expected a whole number of operators, a PruningPlan or the file of one, or the name of a "
-            f"hand-made plan ({', '.join(PRESETS)})"
-        )
-    return PruningPlan.load(path)
+            f"target: got {target!r}, expected {expected}, or the name of a hand-made plan ({', '.join(PRESETS)})"
+        ) from None
 
 
 def profile(

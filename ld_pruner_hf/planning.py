@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -11,31 +14,35 @@ from torch import nn
 
 from .latents import RecordedCall, find_denoiser, make_conditions, preserved, record_call
 from .operators import find_operators, steps_argument_if_any
-from .plan import Modification, PlanError, PruningPlan
-from .profiling import count_macs
-from .scores import OperatorScore, OperatorScores, check_criterion
-from .scoring import score_operators
-from .selection import METHODS, SAVINGS, check_k, innermost, top_k
+from .plan import Modification, PlanError, PruningPlan, is_inside
+from .profiling import count_macs, peak_memory
+from .scores import CRITERIA, OperatorScore, OperatorScores, check_criterion
+from .scoring import check_joint, measure_damage, score_operators
+from .selection import METHODS, SAVINGS, check_k, innermost, ratio, top_k
 from .surgery import architecture_of, count_params, refuse_wrapped
 
 LAST_SCORES = "_ld_pruner_scores"
-SCORING_ONLY = ("criterion", "pooled", "include", "exclude", "kinds", "standins", "resume_from")
+OPERATORS_ONLY = ("include", "exclude", "kinds", "standins", "resume_from")
+"""Arguments of `score` that say which operators to score, and how to go on with it."""
+SCORING_ONLY = ("criterion", "pooled", "calibration", *OPERATORS_ONLY)
 """Arguments of `score` that concern neither the conditions nor the pipeline's call."""
+
+
+def _modifications(rows: Sequence[OperatorScore], criterion: str) -> tuple[Modification, ...]:
+    return tuple(
+        Modification(r.path, r.kind, r.stand_in, r.params_removed, r.macs_removed, r.score(criterion)) for r in rows
+    )
 
 
 def plan_from(rows: list[OperatorScore], scores: OperatorScores, params_before: int, **how: Any) -> PruningPlan:
     """A plan that applies the chosen rows. It goes into published configs, so it counts the conditions but does not quote them."""
     settings = {**scores.settings, "conditions": len(scores.settings.get("conditions", ()))}
     settings.pop("scheduler", None)
-    modifications = tuple(
-        Modification(r.path, r.kind, r.stand_in, r.params_removed, r.macs_removed, r.score(scores.criterion))
-        for r in rows
-    )
     return PruningPlan(
         component=scores.component,
         model_class=scores.model_class,
         architecture=scores.architecture,
-        modifications=modifications,
+        modifications=_modifications(rows, scores.criterion),
         params_before=params_before,
         how={"criterion": scores.criterion, "settings": settings, **how},
     )
@@ -48,6 +55,55 @@ def score(pipe: DiffusionPipeline, conditions: Any = None, **kwargs: Any) -> Ope
     return scores
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What a plan is to reach.
+
+    Attributes:
+        unit: "operators", or what a budget counts: one of `SAVINGS`.
+        amount: how many operators, or the share of the unit to take away (0 to 1).
+        method: how they are chosen: "top-k", one of `METHODS`, or "rounds".
+        rounds: how often is scored and chosen: 1, or more for "rounds".
+    """
+
+    unit: str
+    amount: float
+    method: str
+    rounds: int = 1
+
+    @classmethod
+    def of(cls, k: Any, goals: Mapping[str, Any]) -> Goal:
+        """Check what a user asked for, before any long work.
+
+        Args:
+            k: how many operators, or None. goals: the share of each of `SAVINGS`, or None; `method`; `rounds`.
+
+        Raises:
+            ValueError: not exactly one of k and the budgets, or a value that makes no sense.
+        """
+        method, rounds = goals["method"], goals["rounds"]
+        given = {unit: goals[unit] for unit in SAVINGS if goals[unit] is not None}
+        if len(given) + (k is not None) != 1:
+            got = [*(["k"] if k is not None else []), *given]
+            raise ValueError(
+                f"prune: got {got or 'no goal'}, expected one of a number of operators, {', '.join(f'{u}=' for u in SAVINGS)}"
+            )
+        methods = [*METHODS, "rounds"] if given else ["top-k", "rounds"]
+        if method not in [None, *methods]:
+            what = f"{next(iter(given))}=" if given else "a number of operators"
+            raise ValueError(f"method: got {method!r}, expected one of {methods} for {what}")
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 2:
+            raise ValueError(f"rounds: got {rounds!r}, expected how often to score and choose, 2 or more")
+        method, rounds = method or methods[0], rounds if method == "rounds" else 1
+        if not given:
+            check_k(k)
+            return cls("operators", k, method, min(rounds, k))
+        ((unit, share),) = given.items()
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+            raise ValueError(f"{unit}: got {share!r}, expected the share to take away, between 0 and 1 (0.3 for 30%)")
+        return cls(unit, float(share), method, rounds)
+
+
 def make_plan(
     pipe: DiffusionPipeline,
     k: int | None = None,
@@ -55,68 +111,124 @@ def make_plan(
     params: float | None = None,
     macs: float | None = None,
     latency: float | None = None,
+    memory: float | None = None,
     method: str | None = None,
+    rounds: int = 4,
     scores: OperatorScores | str | os.PathLike | None = None,
     criterion: str | None = None,
     component: str | None = None,
     **score_kwargs: Any,
 ) -> PruningPlan:
     """Choose what to take out without touching the pipeline; see `prune` for arguments and errors."""
-    unit, goal = _check_goal(k, {"params": params, "macs": macs, "latency": latency}, method)
+    goals = {"params": params, "macs": macs, "latency": latency, "memory": memory}
+    goal = Goal.of(k, {**goals, "method": method, "rounds": rounds})
     if criterion is not None:
         check_criterion(criterion)
-    scores = _find_scores(pipe, k, scores, component, score_kwargs)
+    if goal.rounds > 1:
+        check_joint(criterion or CRITERIA[0])
+        if scores is not None:
+            raise ValueError(
+                "scores: method 'rounds' scores anew in each round; leave them out, and pass the arguments of score instead"
+            )
+    scores = _find_scores(pipe, k, scores, component, criterion, score_kwargs, reuse=goal.rounds == 1)
     if criterion is not None:
         scores = scores.with_criterion(criterion)
     model = component_of(pipe, scores.component)
-    if unit == "operators":
-        return plan_from(top_k(scores, int(goal)), scores, count_params(model), method="top-k", k=k)
-    method = method or "knapsack"
-    total = {
-        "params": lambda: count_params(model),
-        "macs": lambda: _macs(pipe, scores.component, score_kwargs),
-        "latency": lambda: 1.0,
-    }
-    rows = METHODS[method](scores, unit, goal * total[unit]())
-    predicted = sum(SAVINGS[unit](row) for row in rows) / total[unit]()
-    return plan_from(
-        rows, scores, count_params(model), method=method, budget={unit: goal}, predicted={unit: predicted}
-    )
+    total = _total(pipe, model, scores.component, goal.unit, score_kwargs)
+    rows = _choose(scores, goal, total)
+    for n in range(2, goal.rounds + 1):
+        rows = _next_round(pipe, scores, goal, total, n, rows, score_kwargs)
+    order = {row.path: i for i, row in enumerate(scores)}
+    plan = plan_from(sorted(rows, key=lambda row: order[row.path]), scores, count_params(model), method=goal.method)
+    if goal.rounds > 1:
+        plan.how["rounds"] = goal.rounds
+    if goal.unit == "operators":
+        plan.how["k"] = k
+    else:
+        saved = sum(SAVINGS[goal.unit](row) for row in rows)
+        plan.how.update(budget={goal.unit: goal.amount}, predicted={goal.unit: saved / total})
+    return plan
 
 
-def _check_goal(k: Any, budgets: dict[str, Any], method: str | None) -> tuple[str, float]:
-    """(unit, share) of the budget, or ("operators", k); before any long work."""
-    given = {unit: share for unit, share in budgets.items() if share is not None}
-    if len(given) + (k is not None) != 1:
-        got = [*(["k"] if k is not None else []), *given]
-        raise ValueError(
-            f"prune: got {got or 'no goal'}, expected one of a number of operators, params=, macs= or latency="
-        )
-    methods = tuple(METHODS) if given else ("top-k",)
-    if method is not None and method not in methods:
-        what = f"{next(iter(given))}=" if given else "a number of operators"
-        raise ValueError(f"method: got {method!r}, expected one of {list(methods)} for {what}")
-    if not given:
-        check_k(k)
-        return "operators", k
-    ((unit, share),) = given.items()
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-        raise ValueError(f"{unit}: got {share!r}, expected the share to take away, between 0 and 1 (0.3 for 30%)")
-    return unit, float(share)
+def _next_round(
+    pipe: DiffusionPipeline,
+    scores: OperatorScores,
+    goal: Goal,
+    total: float,
+    n: int,
+    rows: Sequence[OperatorScore],
+    score_kwargs: Mapping[str, Any],
+) -> list[OperatorScore]:
+    """Score again given what the rounds before took, and choose."""
+    given = _modifications(rows, scores.criterion)
+    how = {**score_kwargs, "component": scores.component, "criterion": scores.criterion}
+    if how.get("resume_from") is not None:
+        path = Path(how["resume_from"])
+        how["resume_from"] = path.with_stem(f"{path.stem}-round{n}")
+    again = score_operators(pipe, given=given, **how)
+    together = {key: value for key, value in how.items() if key not in OPERATORS_ONLY}
+    return _choose(again, goal, total, n, rows, measure_damage(pipe, given, **together))
+
+
+def _choose(
+    scores: OperatorScores,
+    goal: Goal,
+    total: float,
+    n: int = 0,
+    start: Sequence[OperatorScore] = (),
+    damage: float = 0.0,
+) -> list[OperatorScore]:
+    """What the goal takes; with rounds, what it has taken after the n-th of them (1 if 0), given what `start` took before."""
+    part = max(n, 1) / goal.rounds
+    if goal.unit != "operators":
+        target = goal.amount * total * part
+        if goal.method == "rounds":
+            return ratio(scores, goal.unit, target, start=start, damage=damage)
+        return METHODS[goal.method](scores, goal.unit, target)
+    taken = [row.path for row in start]
+    apart = [
+        r for r in scores if not any(is_inside(p, r.path) for p in taken)
+    ]  # `scores` have none at or inside `taken`
+    k, reachable = round(goal.amount * part), int(goal.amount)
+    more = top_k(replace(scores, rows=tuple(apart)), k - len(taken), reachable=reachable - len(taken))
+    return [*start, *more]
+
+
+def _total(pipe: DiffusionPipeline, model: nn.Module, name: str, unit: str, score_kwargs: dict[str, Any]) -> float:
+    """All that the model has of what a budget counts, in units of `SAVINGS`."""
+    if unit in ("operators", "latency"):
+        return 1.0
+    if unit == "params":
+        return count_params(model)
+    with preserved(pipe):
+        call = first_call(pipe, name, score_kwargs)
+        if unit == "macs":
+            return count_macs(model, call)[0][""]
+        weights = sum(p.nbytes for p in model.parameters())
+        return peak_memory(model, call) * count_params(model) / weights
 
 
 def _find_scores(
-    pipe: DiffusionPipeline, k: int | None, scores: Any, component: str | None, score_kwargs: dict[str, Any]
+    pipe: DiffusionPipeline,
+    k: int | None,
+    scores: Any,
+    component: str | None,
+    criterion: str | None,
+    score_kwargs: dict[str, Any],
+    reuse: bool,
 ) -> OperatorScores:
-    """The scores given, loaded, last made, or made now; they must be of this pipeline's model."""
+    """The scores given, loaded, last made (`reuse`), or made now; they must be of this pipeline's model."""
     if isinstance(scores, (str, os.PathLike)):
         scores = OperatorScores.load(scores)
     if scores is None:
-        last = getattr(pipe, LAST_SCORES, None)
-        usable = last is not None and component in (None, last.component) and not score_kwargs and _fits(pipe, last)
-        if not usable and k is not None:
+        last: OperatorScores | None = getattr(pipe, LAST_SCORES, None) if reuse and not score_kwargs else None
+        if last is not None and component in (None, last.component) and _fits(pipe, last):
+            scores = last if criterion is None or criterion in last.criteria else None
+    if scores is None:
+        if k is not None:
             _check_reachable(pipe, k, component, score_kwargs)
-        scores = last if usable else score(pipe, component=component, **score_kwargs)
+        how = {**score_kwargs, **({"criterion": criterion} if criterion else {})}
+        scores = score(pipe, component=component, **how)
     if not isinstance(scores, OperatorScores):
         raise ValueError(
             f"scores: got {type(scores).__name__}, expected OperatorScores or the path of a file of scores"
@@ -136,11 +248,6 @@ def first_call(pipe: DiffusionPipeline, name: str, score_kwargs: dict[str, Any])
     """The first denoiser call of a run with the call arguments among `score_kwargs`. Run it inside `preserved(pipe)`."""
     first = make_conditions(pipe, score_kwargs.get("conditions"), _call_arguments(score_kwargs))[0]
     return record_call(pipe, name, {**steps_argument_if_any(pipe), **first})
-
-
-def _macs(pipe: DiffusionPipeline, name: str, score_kwargs: dict[str, Any]) -> int:
-    with preserved(pipe):
-        return count_macs(component_of(pipe, name), first_call(pipe, name, score_kwargs))[0][""]
 
 
 def component_of(pipe: DiffusionPipeline, name: str) -> nn.Module:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import resource
+import functools
 import statistics
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .latents import RecordedCall
+from .latents import RecordedCall, calling
 from .surgery import count_params
 
 
@@ -34,7 +38,7 @@ class Profile:
         params: parameters of the denoiser. macs: multiply-accumulates for one sample (FLOPs / 2), attention included;
         macs_conv_linear: those of convolutions and linear layers alone, as most papers count.
         latency_ms: median time of one call at `batch_size` samples; latency_iqr_ms: distance of the quartiles.
-        peak_memory_mb: of the process (CPU) or of the device's allocator (CUDA), in 10^6 bytes.
+        peak_memory_mb: the model's weights and the most that other tensors held at one time, in 10^6 bytes (`peak_memory`).
         device, dtype, threads, batch_size: what it was measured on. None where nothing was run (`meta` device).
         operators: path -> {"params", "macs", "latency_share"}, if asked for.
     """
@@ -44,7 +48,7 @@ class Profile:
     macs_conv_linear: int
     latency_ms: float | None
     latency_iqr_ms: float | None
-    peak_memory_mb: float | None
+    peak_memory_mb: float
     device: str
     dtype: str
     threads: int
@@ -60,14 +64,15 @@ class Profile:
         )
         return (
             f"{self.params / 1e6:.2f}M params, {self.macs / 1e9:.3f} GMACs a sample "
-            f"({self.macs_conv_linear / 1e9:.3f} conv + linear), {time_} a call of {self.batch_size} "
-            f"on {self.device} {self.dtype}, {self.threads} threads"
+            f"({self.macs_conv_linear / 1e9:.3f} conv + linear), {time_} and {self.peak_memory_mb:.1f} MB a call of "
+            f"{self.batch_size} on {self.device} {self.dtype}, {self.threads} threads"
         )
 
 
 def run(model: nn.Module, call: RecordedCall) -> Any:
-    """One denoiser call."""
-    return model(*call.args, **call.kwargs)
+    """One call of the model."""
+    with calling(model, call.method):
+        return model(*call.args, **call.kwargs)
 
 
 def count_macs(model: nn.Module, call: RecordedCall) -> tuple[dict[str, int], dict[str, int]]:
@@ -87,6 +92,67 @@ def count_macs(model: nn.Module, call: RecordedCall) -> tuple[dict[str, int], di
         total[path] = flops // 2 // batch
         conv_linear[path] = (flops - attention) // 2 // batch
     return total, conv_linear
+
+
+def count_call_macs(fn: Callable[[], Any]) -> int:
+    """MACs of everything that `fn()` runs."""
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with torch.no_grad(), counter:
+        fn()
+    return counter.get_total_flops() // 2
+
+
+def processor_name() -> str:
+    """The processor's name where Linux tells it, else "cpu"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, while they live; `known` ones are not counted."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.alive: dict[int, Any] = {t.untyped_storage()._cdata: t for t in known}
+
+    def _free(self, key: int, size: int, _: Any) -> None:
+        self.live -= size
+        del self.alive[key]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.alive:
+                    self.alive[key] = weakref.ref(storage, functools.partial(self._free, key, size))
+                    self.live += size
+        self.peak = max(self.peak, self.live)
+        return result
+
+
+def peak_memory(model: nn.Module, call: RecordedCall) -> int:
+    """Bytes of the model's weights and of all other tensors at the moment of one call when these hold the most.
+
+    Counted from the tensors, so it is exact, the same each time and on every device (`meta` too); what kernels use inside
+    and what an allocator keeps in reserve come on top.
+    """
+    given = [v for v in tree_leaves((call.args, call.kwargs)) if isinstance(v, torch.Tensor)]
+    return peak_memory_of(lambda: run(model, call), [model], given)
+
+
+def peak_memory_of(fn: Callable[[], Any], models: Iterable[nn.Module], given: Iterable[torch.Tensor] = ()) -> int:
+    """Like `peak_memory`, of anything that `fn()` runs with these models; tensors `given` to it are not counted."""
+    own = [t for model in models for t in (*model.parameters(), *model.buffers())]
+    with torch.no_grad(), _LiveTensors([*own, *given]) as tensors:
+        fn()
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own}
+    return sum(storages.values()) + tensors.peak
 
 
 def synchronize(device: torch.device) -> None:
@@ -161,16 +227,10 @@ def profile_call(model: nn.Module, call: RecordedCall, *, per_operator: bool = F
     device = device_of(model)
     dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), "float32")
     total, conv_linear = count_macs(model, call)
-    latency = iqr = memory = None
+    latency = iqr = None
     if device.type != "meta":
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         with torch.no_grad():
             latency, iqr = measure_latency(lambda: run(model, call), device, repeats)
-        if device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(device) / 1e6
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     operators: dict[str, dict[str, float]] = {}
     if per_operator:
         shares = latency_shares(model, call) if device.type != "meta" else {}
@@ -185,7 +245,7 @@ def profile_call(model: nn.Module, call: RecordedCall, *, per_operator: bool = F
         macs_conv_linear=conv_linear.get("", 0),
         latency_ms=latency,
         latency_iqr_ms=iqr,
-        peak_memory_mb=memory,
+        peak_memory_mb=peak_memory(model, call) / 1e6,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         dtype=dtype,
         threads=torch.get_num_threads(),

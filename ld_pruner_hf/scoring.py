@@ -1,22 +1,44 @@
-"""score_operators: replace one operator at a time, denoise, and see how far the final latents move (LD-Pruner, section 2.3)."""
+"""score_operators: replace one operator at a time, denoise, and see how far the final latents move (LD-Pruner, section 2.3).
+
+Other criteria are measured here too, by their own functions (`criteria`); rows, files and errors are the same for all.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .latents import Job, final_latents, find_denoiser, make_conditions, make_jobs, preserved, steps_argument
+from .criteria import block_influence, magnitude, output_error, random_scores, taylor
+from .latents import (
+    Condition,
+    Job,
+    decoder_call,
+    final_latents,
+    find_denoiser,
+    make_conditions,
+    make_jobs,
+    preserved,
+    record_call,
+    steps_argument,
+)
 from .operators import check_filters, find_operators
-from .plan import Modification, Operator, StandInSpec
+from .plan import Modification, Operator, StandInSpec, is_inside
+from .profiling import run
 from .replacements import stand_in_cost
-from .scores import OperatorScore, OperatorScores, RowFile, check_criterion
+from .scores import LATENT_SHIFT, MEASURED_ALONE, OperatorScore, OperatorScores, RowFile, check_criterion
 from .surgery import applied, architecture_of, refuse_wrapped, weights_of
+from .trajectory import calibration_set, output_tensor
+
+Measure = Callable[[Operator, StandInSpec], dict[str, Any]]
 
 
 def latent_distances(original: torch.Tensor, modified: torch.Tensor) -> tuple[float, float]:
@@ -44,6 +66,10 @@ class LatentSets:
     def __init__(self, pipe: Any, jobs: Sequence[Job], conditions: int, pooled: bool) -> None:
         self.pipe, self.jobs, self.conditions, self.pooled = pipe, jobs, conditions, pooled
 
+    def of_job(self, i: int) -> torch.Tensor:
+        """What is compared of job `i`: (B, ...) float32 on the CPU."""
+        return final_latents(self.pipe, self.jobs[i].call, self.jobs[i].seeds)
+
     def collect(self, on_job: Callable[[], None] | None = None) -> list[torch.Tensor]:
         """Run every job; one (n, ...) tensor per set.
 
@@ -51,19 +77,45 @@ class LatentSets:
             FloatingPointError: a latent is not finite.
         """
         sets: list[list[torch.Tensor]] = [[] for _ in range(1 if self.pooled else self.conditions)]
-        for job in self.jobs:
-            latents = final_latents(self.pipe, job.call, job.seeds)
+        for i, job in enumerate(self.jobs):
+            latents = self.of_job(i)
             if not torch.isfinite(latents).all():
                 raise FloatingPointError("the final latents are not finite (NaN or infinity)")
             if len(latents) == len(job.condition_ids):
                 parts = list(latents)
             else:  # one call made several latents (num_images_per_prompt, video frames): they belong to its condition
                 parts = [latents] if len(job.condition_ids) == 1 else list(latents.chunk(len(job.condition_ids)))
-            for i, part in zip(job.condition_ids, parts, strict=True):
-                sets[0 if self.pooled else i].append(part)
+            for c, part in zip(job.condition_ids, parts, strict=True):
+                sets[0 if self.pooled else c].append(part)
             if on_job:
                 on_job()
         return [torch.stack(s) for s in sets]
+
+
+class DecodedSets(LatentSets):
+    """What the autoencoder `component` decodes from the final latents: pictures or spectrograms, as the model gives them.
+
+    The latents are made once; only the decoder runs again.
+    """
+
+    def __init__(self, pipe: Any, jobs: Sequence[Job], conditions: int, pooled: bool, component: str) -> None:
+        super().__init__(pipe, jobs, conditions, pooled)
+        self.model: nn.Module = getattr(pipe, component)
+        self.calls = [decoder_call(pipe, component, job.call, job.seeds) for job in jobs]
+
+    def of_job(self, i: int) -> torch.Tensor:
+        output = run(self.model, self.calls[i])
+        return output_tensor(output).detach().to("cpu", torch.float32)
+
+
+def output_sets(
+    pipe: Any, component: str, conditions: Sequence[Condition], seeds: Sequence[int], batch_size: int, pooled: bool
+) -> LatentSets:
+    """The sets that the component is judged by: final latents for a denoiser, what it decodes for an autoencoder."""
+    jobs = make_jobs(pipe, conditions, seeds, batch_size)
+    if record_call(pipe, component, conditions[0]).method == "decode":
+        return DecodedSets(pipe, jobs, len(conditions), pooled, component)
+    return LatentSets(pipe, jobs, len(conditions), pooled)
 
 
 def _modification(operator: Operator, spec: StandInSpec) -> Modification:
@@ -110,13 +162,16 @@ def score_operators(
     standins: str = "all",
     seed: int = 0,
     batch_size: int = 8,
+    calibration: int = 64,
+    given: Iterable[Modification] = (),
     resume_from: Any = None,
     **call_kwargs: Any,
 ) -> OperatorScores:
     """Score every operator of a pipeline's denoiser by how much its removal changes the final latents.
 
     For each operator and stand-in the whole denoising runs again from the same seeds; the latents are compared undecoded
-    (LD-Pruner, sections 2.2 and 2.3). The pipeline is left bit for bit as it was, whatever happens.
+    (LD-Pruner, sections 2.2 and 2.3). The operators of an autoencoder's decoder (`component="vae"`) are scored by the same
+    formulae in the space of its outputs [ours]. The pipeline is left bit for bit as it was, whatever happens.
 
     Args:
         pipe: any `DiffusionPipeline`.
@@ -124,14 +179,19 @@ def score_operators(
             prompts, or dicts of call arguments.
         num_inference_steps: denoising steps; default: the pipeline's own.
         seeds: latents per condition. With 1 and `pooled=False` the standard deviations are 0.
-        criterion: formula used for ranking: "latent-shift" (avg_dist + std_dist), "-product", "-mean" or "-std". All four
-            are kept in the result; change it later with `scores.with_criterion`.
+        criterion: what to rank by: "latent-shift" (avg_dist + std_dist), "-product", "-mean" or "-std": all four are kept in
+            the result, change it later with `scores.with_criterion`. Or "output-error" (LAPTOP-Diff), "block-influence",
+            "taylor", "magnitude" or "random" (see `criteria`), each measured alone.
         pooled: compare all latents as one set, instead of one set per condition summed up.
         component: which model to score; default: the one that denoises.
         include, exclude, kinds: restrict the operators, as in `find_operators`.
         standins: "all" or "paper", as in `find_operators`.
         seed: the first seed.
         batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside).
+        calibration: how many inputs of the denoiser (a latent at a step) output-error, block-influence and taylor look at;
+            they are spread over conditions and steps of the original runs.
+        given: modifications that are in place while each operator is scored; the distances are those of all together from
+            the unmodified model. Operators at or inside them are left out; one around some of them takes their place.
         resume_from: path of a file that the rows are written to one by one. If it exists, only what is missing is measured.
         **call_kwargs: arguments for every pipeline call (height, guidance_scale, image, ...).
 
@@ -149,8 +209,9 @@ def score_operators(
     check_criterion(criterion)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise ValueError(f"seeds: got {seeds!r}, expected how many latents to make per condition, 1 or more")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size!r}, expected 1 or more")
+    for name, value in (("batch_size", batch_size), ("calibration", calibration)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: got {value!r}, expected 1 or more")
     quiet = bool(getattr(pipe, "_progress_bar_config", {}).get("disable", False))
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
@@ -159,6 +220,7 @@ def score_operators(
         model: nn.Module = getattr(pipe, component)
         refuse_wrapped(model)
         check_filters(model, include, exclude, kinds)
+        given = tuple(given)
         settings: dict[str, Any] = {
             "conditions": [{k: _digest(v) for k, v in c.items()} for c in conditions],
             "seeds": list(range(seed, seed + seeds)),
@@ -168,6 +230,8 @@ def score_operators(
             "scheduler": {"class": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
             "dtype": str(getattr(model, "dtype", "")),
             "device": str(getattr(model, "device", "")),
+            **({"given": {m.path: m.stand_in.name for m in given}} if given else {}),
+            **({"measured": criterion, "calibration": calibration} if criterion in MEASURED_ALONE else {}),
         }
         scores = OperatorScores(
             (), architecture_of(model), weights_of(model), type(model).__name__, component, settings, criterion
@@ -177,58 +241,171 @@ def score_operators(
             pipe, component=component, include=include, exclude=exclude, kinds=kinds, standins=standins,
             progress=not quiet, **conditions[0],
         )  # fmt: skip
-        todo = [(o, spec) for o in operators for spec in o.stand_ins]
+        free = [o for o in operators if not any(o.path == m.path or is_inside(o.path, m.path) for m in given)]
+        todo = [(o, spec) for o in free for spec in o.stand_ins]
         if not todo:
             raise ValueError(
                 f"none of {len(operators)} selected modules can be replaced; see find_operators for the reasons"
             )
-        jobs = make_jobs(pipe, conditions, settings["seeds"], batch_size)
-        latents = LatentSets(pipe, jobs, len(conditions), pooled)
-        measured = _measure(model, todo, latents, rows, quiet)
-    return OperatorScores(
-        tuple(measured), **{k: getattr(scores, k) for k in scores.__dataclass_fields__ if k != "rows"}
-    )
+        run_of = {"conditions": conditions, "seeds": settings["seeds"], "batch_size": batch_size}
+
+        def start() -> Measure:
+            if criterion in LATENT_SHIFT:
+                return _latent_shift(model, output_sets(pipe, component, **run_of, pooled=pooled), given)
+            return _measured_alone(pipe, component, criterion, free, given, run_of, calibration, seed)
+
+        measured = _measure(todo, start, rows, quiet)
+    return replace(scores, rows=tuple(measured))
+
+
+def _others(given: Sequence[Modification], operator: Operator) -> list[Modification]:
+    """The given modifications that stay in place while the operator is replaced."""
+    return [m for m in given if not is_inside(m.path, operator.path)]
+
+
+def _latent_shift(model: nn.Module, sets: LatentSets, given: Sequence[Modification]) -> Measure:
+    originals = sets.collect()
+
+    def measure(operator: Operator, spec: StandInSpec) -> dict[str, Any]:
+        with applied(model, [*_others(given, operator), _modification(operator, spec)]):
+            modified = sets.collect()
+        pairs = [latent_distances(a, b) for a, b in zip(originals, modified, strict=True)]
+        return {"avg_dist": tuple(p[0] for p in pairs), "std_dist": tuple(p[1] for p in pairs)}
+
+    return measure
+
+
+def _measured_alone(
+    pipe: Any,
+    component: str,
+    criterion: str,
+    operators: Sequence[Operator],
+    given: Sequence[Modification],
+    run_of: dict[str, Any],
+    calibration: int,
+    seed: int,
+) -> Measure:
+    """The measurement of a criterion that is none of the latent-shift ones."""
+    model: nn.Module = getattr(pipe, component)
+    operators = [o for o in operators if o.is_candidate]
+    if criterion in ("magnitude", "random"):
+        values = magnitude(model, operators) if criterion == "magnitude" else random_scores(operators, seed)
+    else:
+        moments = calibration_set(pipe, component, **run_of, size=calibration)
+        if criterion == "output-error":
+
+            def measure(operator: Operator, spec: StandInSpec) -> dict[str, Any]:
+                modifications = [*_others(given, operator), _modification(operator, spec)]
+                return {"output_error": output_error(model, moments, modifications)}
+
+            return measure
+        with applied(model, given):
+            values = (taylor if criterion == "taylor" else block_influence)(model, moments, operators)
+    return lambda operator, _: {MEASURED_ALONE[criterion]: values[operator.path]}
 
 
 def _measure(
-    model: nn.Module, todo: Sequence[tuple[Operator, StandInSpec]], latents: LatentSets, rows: RowFile, quiet: bool
+    todo: Sequence[tuple[Operator, StandInSpec]], start: Callable[[], Measure], rows: RowFile, quiet: bool
 ) -> list[OperatorScore]:
-    """One row per (operator, stand-in), from the file where it has one."""
+    """One row per (operator, stand-in), from the file where it has one; `start` is called if any is missing."""
     missing = [(o, s) for o, s in todo if (o.path, s.name) not in rows.found]
-    originals: list[torch.Tensor] = []
-    with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="scoring", unit="op", disable=quiet) as bar:
-        if missing:
-            originals = latents.collect()
-        found = dict(rows.found)
-        for operator, spec in missing:
-            bar.set_postfix_str(operator.path[-40:], refresh=False)
-            row = _measure_one(model, operator, spec, latents, originals)
-            rows.append(row)
-            found[row.key] = row
-            bar.update()
+    found = dict(rows.found)
+    if missing:
+        measure = start()
+        with tqdm(total=len(todo), initial=len(found), desc="scoring", unit="op", disable=quiet) as bar:
+            for operator, spec in missing:
+                bar.set_postfix_str(operator.path[-40:], refresh=False)
+                row = _measure_one(operator, spec, measure)
+                rows.append(row)
+                found[row.key] = row
+                bar.update()
     rows.end()
     return [found[o.path, s.name] for o, s in todo]
 
 
-def _measure_one(
-    model: nn.Module, operator: Operator, spec: StandInSpec, latents: LatentSets, originals: Sequence[torch.Tensor]
-) -> OperatorScore:
+def _measure_one(operator: Operator, spec: StandInSpec, measure: Measure) -> OperatorScore:
     start = time.perf_counter()
-    avg: list[float] = []
-    std: list[float] = []
+    values: dict[str, Any] = {}
     error = None
     try:
-        with applied(model, [_modification(operator, spec)]):
-            modified = latents.collect()
-        pairs = [latent_distances(a, b) for a, b in zip(originals, modified, strict=True)]
-        avg, std = [p[0] for p in pairs], [p[1] for p in pairs]
+        values = measure(operator, spec)
     except torch.OutOfMemoryError:
         raise
     except Exception as reason:  # a broken modification is a finding about the operator; the run goes on
         error = f"{type(reason).__name__}: {reason}"[:300]
     params_removed, macs_removed = _costs(operator, spec)
     return OperatorScore(
-        path=operator.path, kind=operator.kind, stand_in=spec, avg_dist=tuple(avg), std_dist=tuple(std),
+        path=operator.path, kind=operator.kind, stand_in=spec, **values,
         params_removed=params_removed, macs_removed=macs_removed, latency_share=operator.latency_share,
         seconds=round(time.perf_counter() - start, 3), error=error,
     )  # fmt: skip
+
+
+def check_joint(criterion: str) -> None:
+    """Raise ValueError for a criterion that measures single operators only."""
+    joint = [*LATENT_SHIFT, "output-error"]
+    if check_criterion(criterion) not in joint:
+        raise ValueError(
+            f"criterion: got {criterion!r}; what several removals do together is measured by one of {joint}"
+        )
+
+
+@contextmanager
+def damage_meter(
+    pipe: Any,
+    conditions: Any = None,
+    *,
+    num_inference_steps: int | None = None,
+    seeds: int = 2,
+    criterion: str = "latent-shift",
+    pooled: bool = False,
+    component: str | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    calibration: int = 64,
+    **call_kwargs: Any,
+) -> Iterator[Callable[[Iterable[Modification]], float]]:
+    """Inside, a function that measures what several modifications do together; see `measure_damage` for the arguments."""
+    check_joint(criterion)
+    call_kwargs |= steps_argument(pipe, num_inference_steps)
+    conditions = make_conditions(pipe, conditions, call_kwargs)
+    with preserved(pipe):
+        component = find_denoiser(pipe, component, **conditions[0])
+        model: nn.Module = getattr(pipe, component)
+        run_of = {"conditions": conditions, "seeds": range(seed, seed + seeds), "batch_size": batch_size}
+        if criterion == "output-error":
+            moments = calibration_set(pipe, component, **run_of, size=calibration)
+        else:
+            sets = output_sets(pipe, component, **run_of, pooled=pooled)
+            originals = sets.collect()
+
+        def measure(modifications: Iterable[Modification]) -> float:
+            try:
+                if criterion == "output-error":
+                    return output_error(model, moments, modifications)
+                with applied(model, modifications):
+                    modified = sets.collect()
+            except FloatingPointError:
+                return math.inf
+            combine = LATENT_SHIFT[criterion]
+            return math.fsum(combine(*latent_distances(a, b)) for a, b in zip(originals, modified, strict=True))
+
+        yield measure
+
+
+def measure_damage(pipe: Any, modifications: Iterable[Modification], conditions: Any = None, **how: Any) -> float:
+    """What several modifications do together: the score of `score_operators` for all of them at once.
+
+    Args:
+        modifications: a `PruningPlan`, or modifications that do not lie inside each other, of the pipeline as it is.
+        conditions, how: as for `score_operators` (num_inference_steps, seeds, criterion, pooled, component, seed, batch_size,
+            calibration, arguments of the pipeline's call). The criterion is a latent-shift one or "output-error".
+
+    Returns:
+        The damage, in units of the criterion; infinite where the outputs of the modified pipeline are not finite.
+
+    Raises:
+        ValueError: a criterion that measures single operators only, or unsuitable conditions.
+    """
+    with damage_meter(pipe, conditions, **how) as measure:
+        return measure(modifications)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
 
@@ -14,10 +15,12 @@ SAVINGS: dict[str, Callable[[OperatorScore], float]] = {
     "params": lambda row: row.params_removed,
     "macs": lambda row: row.macs_removed,
     "latency": lambda row: row.latency_share or 0.0,
+    "memory": lambda row: row.params_removed,
 }
-"""unit -> what replacing the operator saves: parameters, MACs per sample and call, or a share (0 to 1) of the call's time.
+"""unit -> what replacing the operator saves: parameters, MACs per sample and call, a share (0 to 1) of the call's time, or
+memory, counted in parameters.
 
-The time of the stand-in itself is not known before it is measured and is left out."""
+Not known before it is measured, and left out: the time of the stand-in itself, and what goes from the peak of the activations."""
 
 
 def innermost(paths: list[str]) -> list[str]:
@@ -35,12 +38,18 @@ def check_k(k: object, limit: int | None = None) -> None:
         raise ValueError(f"k: got {k}, expected 1 {upto}{many}")
 
 
-def top_k(scores: OperatorScores, k: int, criterion: str | None = None) -> list[OperatorScore]:
+def top_k(
+    scores: OperatorScores, k: int, criterion: str | None = None, reachable: int | None = None
+) -> list[OperatorScore]:
     """The k least important operators (LD-Pruner, section 2.4), none inside another.
 
     Operators compete up to the lowest score under which k of them do not nest, so none is taken while k less important ones
     are there. Among them the lowest scores go first. Taking a block makes those already taken inside it moot: they leave and
     only the block counts. A block is passed over if k could then no longer be reached.
+
+    Args:
+        criterion: formula; default: the one of the scores.
+        reachable: pass over a block, too, if fewer than so many operators could then be taken out in all, later ones included.
 
     Returns:
         Exactly k rows, in the order of the model's modules.
@@ -49,22 +58,27 @@ def top_k(scores: OperatorScores, k: int, criterion: str | None = None) -> list[
         ValueError: k is not between 1 and the number of operators that can be modified together.
     """
     ranked = [row for row in scores.ranked(criterion) if row.error is None]
-    check_k(k, len(innermost([row.path for row in ranked])))
+    everything = set(innermost([row.path for row in ranked]))
+    check_k(k, len(everything))
     rows = _competing(ranked, k)
-    leaves = set(innermost([row.path for row in rows]))
+    # How many can still be modified together, given what is chosen, and how many must be: here, and in all.
+    limits = [(set(innermost([row.path for row in rows])), k), (everything, reachable or k)]
+    reach = [len(leaves) for leaves, _ in limits]
     chosen: dict[str, OperatorScore] = {}
-    reach = len(leaves)  # as many as can still be modified together, given what is chosen
-    for row in rows:
+    for row in ranked:
         if len(chosen) == k:
             break
         if any(is_inside(row.path, path) for path in chosen):
             continue
-        lost = max(0, _count_inside(leaves, row.path) - 1)
-        lost -= sum(max(0, _count_inside(leaves, path) - 1) for path in chosen if is_inside(path, row.path))
-        if reach - lost < k:
+        moot = [path for path in chosen if is_inside(path, row.path)]
+        left = [
+            n - _lost(leaves, row.path) + sum(_lost(leaves, path) for path in moot)
+            for n, (leaves, _) in zip(reach, limits, strict=True)
+        ]
+        if any(n < needed for n, (_, needed) in zip(left, limits, strict=True)):
             continue
-        reach -= lost
-        chosen = {path: r for path, r in chosen.items() if not is_inside(path, row.path)} | {row.path: row}
+        reach = left
+        chosen = {path: r for path, r in chosen.items() if path not in moot} | {row.path: row}
     order = {row.path: i for i, row in enumerate(scores.rows)}
     return sorted(chosen.values(), key=lambda row: order[row.path])
 
@@ -81,8 +95,9 @@ def _competing(ranked: list[OperatorScore], k: int) -> list[OperatorScore]:
     return ranked
 
 
-def _count_inside(paths: set[str], ancestor: str) -> int:
-    return sum(is_inside(path, ancestor) for path in paths)
+def _lost(leaves: set[str], path: str) -> int:
+    """How many fewer operators can be modified together once the one at `path` is."""
+    return max(0, sum(is_inside(leaf, path) for leaf in leaves) - 1)
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
@@ -147,7 +162,9 @@ def _check_target(unit: str, target: float, largest: float) -> None:
 
 
 def _amount(unit: str, value: float) -> str:
-    return f"{100 * value:.2f}% of the latency" if unit == "latency" else f"{value:,.0f} {unit}"
+    if unit == "latency":
+        return f"{100 * value:.2f}% of the latency"
+    return f"{value:,.0f} {'parameters to save memory' if unit == 'memory' else unit}"
 
 
 def _in_order(scores: OperatorScores, chosen: Iterable[OperatorScore]) -> list[OperatorScore]:
@@ -208,19 +225,33 @@ def knapsack(scores: OperatorScores, unit: str, target: float, criterion: str | 
     )  # so close to the largest saving that only exact arithmetic reaches it
 
 
-def ratio(scores: OperatorScores, unit: str, target: float, criterion: str | None = None) -> list[OperatorScore]:
+def ratio(
+    scores: OperatorScores,
+    unit: str,
+    target: float,
+    criterion: str | None = None,
+    start: Sequence[OperatorScore] = (),
+    damage: float = 0.0,
+) -> list[OperatorScore]:
     """Operators and stand-ins taken one by one by least score per unit saved, until `target` is saved; needs no solver.
 
     Taking a block makes those already taken inside it moot; its score and saving then count less theirs. What is not needed
-    in the end is given back, highest score first. Arguments, result and ValueError as for `knapsack`.
+    in the end is given back, highest score first. Other arguments, result and ValueError as for `knapsack`.
+
+    Args:
+        start: rows that are taken already, given which `scores` were measured (`score(given=...)`); they count for `target` and
+            come first in the result, unless a block around them is taken.
+        damage: what `start` does together; a score counts by how much it is above.
     """
     rows, savings, damages = _usable(scores, unit, criterion)
+    rows, damages = [*rows, *start], [*(d - damage for d in damages), *(0.0 for _ in start)]
+    savings += [SAVINGS[unit](row) for row in start]
     _check_target(unit, target, _largest(rows, savings))
     inside: dict[str, set[str]] = {row.path: set() for row in rows}
     for path in inside:
         for p in _ancestors(path, inside):
             inside[p].add(path)
-    chosen: dict[str, int] = {}
+    chosen = {row.path: len(rows) - len(start) + i for i, row in enumerate(start)}
     barred: set[int] = set()
     while math.fsum(savings[i] for i in chosen.values()) < target:
         best, best_moot, best_price = -1, [], math.inf
@@ -243,8 +274,33 @@ def ratio(scores: OperatorScores, unit: str, target: float, criterion: str | Non
     for path, i in sorted(chosen.items(), key=lambda item: -damages[item[1]]):
         if damages[i] > 0 and math.fsum(savings[j] for p, j in chosen.items() if p != path) >= target:
             del chosen[path]
-    return _in_order(scores, [rows[i] for i in chosen.values()])
+    return [rows[i] for i in chosen.values()] if start else _in_order(scores, [rows[i] for i in chosen.values()])
 
 
-METHODS = {"knapsack": knapsack, "ratio": ratio}
-"""How a budget is met."""
+def least_important(
+    scores: OperatorScores, unit: str, target: float, criterion: str | None = None
+) -> list[OperatorScore]:
+    """The `top_k` that saves at least `target`, with no larger k than it takes: LD-Pruner's choice, whatever each one saves.
+
+    Arguments, result and ValueError as for `knapsack`.
+    """
+    rows, savings, _ = _usable(scores, unit, criterion)
+    _check_target(unit, target, _largest(rows, savings))
+    limit = len(innermost([row.path for row in scores.ranked(criterion) if row.error is None]))
+
+    def saved(k: int) -> float:
+        return math.fsum(SAVINGS[unit](row) for row in top_k(scores, k, criterion))
+
+    k = bisect.bisect_left(range(1, limit + 1), target, key=saved) + 1
+    while k <= limit and saved(k) < target:  # one operator more may save less, where a block no longer counts as one
+        k += 1
+    if k > limit:
+        raise ValueError(
+            f"budget: {_amount(unit, target)} cannot be saved by the least important operators one by one; the largest saving "
+            f"with all {limit} is {_amount(unit, saved(limit))}. Ask for less, or use method='knapsack'"
+        )
+    return top_k(scores, k, criterion)
+
+
+METHODS = {"knapsack": knapsack, "ratio": ratio, "top-k": least_important}
+"""How a budget is met in one go."""

@@ -9,7 +9,7 @@ import torch
 
 from ld_pruner_hf import demo, score_operators
 from ld_pruner_hf.latents import final_latents, preserved, record_call
-from ld_pruner_hf.profiling import count_macs
+from ld_pruner_hf.profiling import count_macs, peak_memory
 
 KINDS = ["ResnetBlock2D", "Transformer2DModel", "UNetMidBlock2DCrossAttn", "FeedForward"]
 SETTINGS = {"conditions": ["red heart", "rocket"], "num_inference_steps": 1, "seeds": 1}
@@ -33,7 +33,7 @@ def macs_of(pipe) -> int:
         ]
 
 
-@pytest.mark.parametrize("method", ["knapsack", "ratio"])
+@pytest.mark.parametrize("method", ["knapsack", "ratio", "top-k"])
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
 def test_params_are_met_exactly(scores, method, share):
     pipe = emoji()
@@ -59,23 +59,51 @@ def test_macs_are_met_as_measured(scores):
     assert macs_of(pipe) == pytest.approx((1 - plan.how["predicted"]["macs"]) * before, rel=1e-3)
 
 
+def timed(monkeypatch, *measured):
+    """Let profiles report these (median, quartile distance) in ms, one after the other."""
+    results = iter(measured)
+    monkeypatch.setattr("ld_pruner_hf.profiling.measure_latency", lambda fn, *_: (fn(), next(results))[1])
+
+
 def test_latency_is_predicted_from_shares_and_measured(scores, monkeypatch):
-    measured = iter([(100.0, 1.0), (78.0, 1.0)])
-    monkeypatch.setattr("ld_pruner_hf.pipeline.measure_latency", lambda fn, device: (fn(), next(measured))[1])
+    timed(monkeypatch, (100.0, 1.0), (78.0, 2.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         plan = emoji().prune(latency=0.2, scores=scores)
     shares = {o.path: o.latency_share for o in scores}
     assert sum(shares[p] for p in plan.paths) == pytest.approx(plan.how["predicted"]["latency"])
     assert plan.how["predicted"]["latency"] >= 0.2
-    assert plan.how["measured"] == {"latency": 0.22, "before_ms": 100.0, "after_ms": 78.0}
+    measured = plan.how["measured"]
+    assert (measured["latency"], measured["before_ms"], measured["after_ms"], measured["iqr_ms"]) == (0.22, 100, 78, 2)
 
 
 def test_a_missed_latency_is_said(scores, monkeypatch):
-    measured = iter([(100.0, 1.0), (86.0, 1.0)])
-    monkeypatch.setattr("ld_pruner_hf.pipeline.measure_latency", lambda fn, device: next(measured))
+    timed(monkeypatch, (100.0, 1.0), (86.0, 1.0))
     with pytest.warns(UserWarning, match=r"20\.0% of the latency were to go.*14\.0% went.*100\.0 -> 86\.0 ms"):
         emoji().prune(latency=0.2, scores=scores)
+
+
+@pytest.mark.parametrize(("after", "warned"), [(98.5, True), (97.0, False)])
+def test_params_that_go_and_bring_no_time_are_said(scores, monkeypatch, after, warned):
+    timed(monkeypatch, (100.0, 2.0), (after, 1.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        emoji().prune(params=0.05, scores=scores)
+    said = [str(w.message) for w in caught if "but no time" in str(w.message)]
+    assert len(said) == warned and all(
+        "of the parameters went" in text and "quartiles 2.0 ms" in text for text in said
+    )
+
+
+def test_memory_is_met_as_measured(scores):
+    pipe = emoji()
+    plan = pipe.prune(memory=0.3, scores=scores, prompt="red heart", num_inference_steps=2)
+    with preserved(pipe):
+        call = record_call(pipe, "unet", {"prompt": "red heart", "num_inference_steps": 2})
+        after = peak_memory(pipe.unet, call)
+        before = peak_memory(emoji().unet, call)
+    assert plan.how["predicted"]["memory"] >= 0.3
+    assert after <= 0.7 * before and plan.how["measured"]["memory"] == pytest.approx(1 - after / before, abs=1e-3)
 
 
 def test_latency_really_falls(scores):
@@ -112,8 +140,14 @@ def test_fit_lowers_the_damage_of_the_same_budget(scores):
         ((), {"params": 30}, "params: got 30, expected the share to take away"),
         ((), {"latency": 0}, "latency: got 0"),
         ((), {"macs": True}, "macs: got True"),
-        ((), {"params": 0.3, "method": "top-k"}, r"got 'top-k', expected one of \['knapsack', 'ratio'\] for params="),
-        ((3,), {"method": "knapsack"}, r"expected one of \['top-k'\] for a number of operators"),
+        (
+            (),
+            {"params": 0.3, "method": "best"},
+            r"got 'best', expected one of \['knapsack', 'ratio', 'top-k', 'rounds'\] for params=",
+        ),
+        ((3,), {"method": "rounds", "rounds": 1}, "rounds: got 1, expected"),
+        ((3,), {"method": "rounds"}, "'rounds' scores anew in each round; leave them out"),
+        ((3,), {"method": "knapsack"}, r"expected one of \['top-k', 'rounds'\] for a number of operators"),
         (("bk-sdm-base",), {"params": 0.3}, "cannot go together with a plan or preset"),
         (("bk-sdm-base",), {"fit": True}, "cannot go together"),
         ((3,), {"fit": "all"}, "fit: got 'all'"),

@@ -137,6 +137,50 @@ def nothing_loads(monkeypatch):
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded before the check"))
 
 
+def test_prune_by_a_budget_with_rounds_and_fitting(tmp_path, capsys):
+    inner = ["--kinds", "ResnetBlock2D", "--include", "mid_block*", "down_blocks.3*", "up_blocks.0*"]
+    how = ["--params", "0.2", "--method", "rounds", "--rounds", "2", "--fit"]
+    options = [*TINY, *QUICK, *inner, "--prompt", "pizza", "--seeds", "1"]
+    code, out, _ = run(capsys, "prune", "demo:emoji", "-o", tmp_path, *how, *options)
+    assert code == 0 and "load it after `import ld_pruner_hf`" in out
+    plan = PruningPlan.load(tmp_path / "pruning_plan.json")
+    assert plan.how["budget"] == {"params": 0.2} and plan.how["rounds"] == 2 and "fit" in plan.how
+    assert plan.params_removed >= 0.2 * plan.params_before
+    assert {"scores.jsonl", "scores-round2.jsonl", "model_index.json"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_prune_by_a_preset_gives_a_stock_pipeline(tmp_path, capsys):
+    code, out, _ = run(capsys, "prune", "demo:emoji", "no-mid-block", "-o", tmp_path, *QUICK)
+    assert code == 0 and "no-mid-block: 8.14M -> 7.12M params" in out and "loads with plain diffusers" in out
+    assert not (tmp_path / "pruning_plan.json").exists()
+    assert json.loads((tmp_path / "unet" / "config.json").read_text())["mid_block_type"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["2", "--params", "0.3"], "got ['k', 'params']"),
+        ([], "no goal"),
+        (["--macs", "3"], "macs: got 3.0, expected the share to take away"),
+        (["bk-sdm-base", "--fit"], "['fit'] cannot go together"),
+        (["bk-sdm-base", "--criterion", "latent-shift-mean"], "--criterion choose operators"),
+        (["2", "--method", "knapsack"], "method: got 'knapsack', expected one of ['top-k', 'rounds']"),
+        (["2", "--method", "rounds", "--rounds", "1"], "rounds: got 1"),
+    ],
+)
+def test_prune_checks_its_goal_before_anything_loads(options, message, tmp_path, capsys, nothing_loads):
+    assert message in error_of(capsys, "prune", "demo:emoji", "-o", tmp_path / "new", *options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_warning_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ld_pruner_hf.profiling.measure_latency", lambda *_: (10.0, 1.0))
+    inner = ["--kinds", "UNetMidBlock2DCrossAttn", "--prompt", "pizza", "--seeds", "1"]
+    code, _, err = run(capsys, "prune", "demo:emoji", "-o", tmp_path, "--params", "0.05", *TINY, *inner)
+    said = [line for line in err.splitlines() if "but no time" in line]
+    assert code == 0 and len(said) == 1 and said[0].startswith("ld-pruner: warning: ") and ".py" not in said[0]
+
+
 def test_prune_never_writes_over_other_files(tmp_path, capsys, nothing_loads):
     (tmp_path / "thesis.txt").write_text("do not lose")
     assert "not empty (it has thesis.txt)" in error_of(capsys, "prune", "demo:emoji", "2", "-o", tmp_path)
@@ -259,7 +303,7 @@ def test_usage_errors_are_one_line(capsys):
     assert "NAME=VALUE" in error_of(capsys, "profile", "demo:emoji", "--call", "height")
 
 
-@pytest.mark.parametrize("command", [[], ["score"], ["prune"], ["profile"], ["demo"], ["show"]])
+@pytest.mark.parametrize("command", [[], ["score"], ["prune"], ["profile"], ["demo"], ["show"], ["app"]])
 def test_help_names_the_options(command, capsys):
     code, out, _ = run(capsys, *command, "--help")
     assert (

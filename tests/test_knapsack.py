@@ -193,7 +193,7 @@ def test_latency_needs_latency():
     scores = make_scores([("a", "identity", 5, 1.0)])
     with pytest.raises(ValueError, match="hold no latency"):
         knapsack(scores, "latency", 0.1)
-    with pytest.raises(ValueError, match=r"unit 'seconds', expected one of \['params', 'macs', 'latency'\]"):
+    with pytest.raises(ValueError, match=r"unit 'seconds', expected one of \['params', 'macs', 'latency', 'memory'\]"):
         knapsack(scores, "seconds", 0.1)
     timed = OperatorScore("a", "Block", SPECS["identity"], (1.0,), (0.0,), latency_share=0.2)
     scores = OperatorScores((timed,), "a", "w", "Model", "unet", {})

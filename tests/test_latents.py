@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
@@ -20,6 +21,7 @@ from ld_pruner_hf.latents import (
     record_call,
     steps_argument,
 )
+from ld_pruner_hf.profiling import run
 
 
 class Unusual(DiffusionPipeline):
@@ -310,6 +312,19 @@ def test_recorded_call_is_the_first_one(pipe):
     assert not pipe.unet._forward_pre_hooks
 
 
-def test_a_component_that_does_not_run(pipe):
-    with preserved(pipe), pytest.raises(ValueError, match="component 'vae' did not run"):
-        record_call(pipe, "vae", {"prompt": "pizza", "num_inference_steps": 2})
+def test_recorded_call_of_the_decoder_gives_the_picture(pipe):
+    call = {"prompt": "pizza", "num_inference_steps": 2}
+    with preserved(pipe):
+        decode = record_call(pipe, "vae", call)
+        picture = run(pipe.vae, decode)[0]
+        expected = pipe(**call, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert decode.method == "decode" and decode.batch_size == 1
+    torch.testing.assert_close((picture / 2 + 0.5).clamp(0, 1), expected)
+    assert "forward" not in vars(pipe.vae) and "decode" not in vars(pipe.vae)
+
+
+def test_a_component_that_neither_denoises_nor_decodes(pipe):
+    pipe = copy.copy(pipe)
+    pipe.idle = torch.nn.Linear(2, 2)
+    with preserved(pipe), pytest.raises(ValueError, match="component 'idle' neither denoises nor decodes"):
+        record_call(pipe, "idle", {"prompt": "pizza", "num_inference_steps": 2})

@@ -10,7 +10,7 @@ from torch import nn
 
 from ld_pruner_hf import Profile, profile
 from ld_pruner_hf.latents import RecordedCall
-from ld_pruner_hf.profiling import count_macs, latency_shares, measure_latency, profile_call
+from ld_pruner_hf.profiling import count_macs, latency_shares, measure_latency, peak_memory, profile_call
 
 DEVICES = ["cpu", "meta"]
 
@@ -72,7 +72,7 @@ def test_profile_of_a_bare_model(unet):
     p = profile(unet, tiny.unet_call(), repeats=2, per_operator=True)
     assert p.params == sum(x.numel() for x in unet.parameters())
     assert (p.batch_size, p.device, p.dtype) == (2, "cpu", "float32")
-    assert p.latency_ms > 0 and p.peak_memory_mb > 10
+    assert p.latency_ms > 0 and 4e-6 * p.params < p.peak_memory_mb < 10
     block = p.operators["mid_block.resnets.0"]
     assert block["params"] == sum(x.numel() for x in unet.mid_block.resnets[0].parameters())
     assert 0 < block["latency_share"] < p.operators["mid_block"]["latency_share"] < 1
@@ -83,8 +83,29 @@ def test_profile_of_a_bare_model(unet):
 
 def test_profile_on_meta_measures_no_time(unet):
     p = profile(unet.to("meta"), {k: v.to("meta") for k, v in tiny.unet_call().items()}, per_operator=True)
-    assert p.latency_ms is None and p.peak_memory_mb is None and "not measured" in str(p)
+    assert p.latency_ms is None and "not measured" in str(p)
     assert p.macs > 0 and "latency_share" not in p.operators["mid_block"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_peak_memory_counts_weights_and_what_lives_at_one_time(device):
+    narrow, wide, out = torch.nn.Linear(4, 8), torch.nn.Linear(8, 1000), torch.nn.Linear(1000, 2)
+    model = torch.nn.Sequential(narrow, wide, torch.nn.ReLU(), out).to(device)
+    call = RecordedCall((torch.zeros(3, 4, device=device),), {})
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    assert peak_memory(model, call) == weights + 4 * 3 * (1000 + 1000)  # input and output of the ReLU
+    del model[2]
+    assert peak_memory(model, call) == weights + 4 * 3 * (1000 + 8)
+
+
+def test_peak_memory_falls_when_weights_go(unet):
+    call = RecordedCall((), tiny.unet_call())
+    before = peak_memory(unet, call)
+    assert before == peak_memory(unet, call) > 4 * sum(p.numel() for p in unet.parameters())
+    removed = sum(p.numel() for p in unet.mid_block.resnets[0].parameters())
+    unet.mid_block.resnets[0] = torch.nn.Identity()
+    unet.mid_block.resnets[0].forward = lambda x, *_: x
+    assert before - peak_memory(unet, call) >= 4 * removed
 
 
 def test_profile_leaves_no_hooks(unet):

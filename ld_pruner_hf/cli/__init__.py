@@ -1,4 +1,4 @@
-"""ld-pruner: score, prune and profile any diffusers pipeline from the command line; `ld-pruner demo` needs no download.
+"""ld-pruner: score, prune, profile and publish any diffusers pipeline from the command line; `ld-pruner demo` needs no download.
 
 Exit codes: 0 done, 1 a bug or a failure of the machine (with its traceback), 2 something in the command to be put right
 (one line on stderr), 130 interrupted.
@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
 from ..loading import one_line
-from . import demo, distill, profile, prune, score, show
+from . import additivity, app, benchmark, demo, distill, evaluate, profile, prune, publish, report, score, show, sweep
 
-COMMANDS = (score, prune, distill, profile, demo, show)
+COMMANDS = (
+    score, prune, distill, profile, evaluate, sweep, benchmark, additivity, report, publish, app, demo, show,
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,14 +51,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Like `parse_args`, but an optional positional argument (`target`) may also come after options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    args.command_line = shlex.join(["ld-pruner", *(sys.argv[1:] if argv is None else argv)])
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(args, "target", "") is None:
+        args.target, rest = rest[0], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    print(
+        f"ld-pruner: {'warning' if issubclass(category, UserWarning) else category.__name__}: {message}",
+        file=sys.stderr,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
-        args = build_parser().parse_args(argv)
+        args = _parse(argv)
     except SystemExit as stop:  # argparse exits by itself: 0 after --help, 2 after an error
         return int(stop.code or 0)
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = _warn
+            args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (`| head`) has seen enough; nothing more may be written, at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

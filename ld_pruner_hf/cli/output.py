@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ..loading import PLAN_FILE
+from ..measurements import MEASUREMENTS_FILE, Measurements
 from ..plan import PruningPlan
+from ..stock import StockRecord
 from .common import ROWS_FILE
 
-PLAN_FILE = "pruning_plan.json"
 _STAGING = ".ld-pruner-new"
+
+
+def _is_ours(name: str) -> bool:
+    """Files that a run leaves for the next one: the rows of each round of scoring, and what is being saved."""
+    return name == _STAGING or fnmatch(name, f"{Path(ROWS_FILE).stem}*{Path(ROWS_FILE).suffix}")
 
 
 def check_output(folder: Path, overwrite: bool) -> Path:
@@ -24,7 +32,7 @@ def check_output(folder: Path, overwrite: bool) -> Path:
         ValueError: it has other content. OSError: it cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = sorted(p.name for p in folder.iterdir() if p.name not in (ROWS_FILE, _STAGING))
+    content = sorted(p.name for p in folder.iterdir() if not _is_ours(p.name))
     if content and not overwrite:
         raise ValueError(
             f"{folder}: the output folder is not empty (it has {content[0]}); choose another, or pass --overwrite"
@@ -36,14 +44,16 @@ def check_output(folder: Path, overwrite: bool) -> Path:
     return folder
 
 
-def save_into(pipe: Any, folder: Path, plan: PruningPlan) -> None:
-    """Save pipeline and plan completely beside what the folder has, then put them in its place."""
+def save_into(pipe: Any, folder: Path, done: PruningPlan | StockRecord, measurements: Measurements) -> None:
+    """Save pipeline, measurements, and the plan if there is one, completely beside what the folder has; then put them in its place."""
     staging = folder / _STAGING
     shutil.rmtree(staging, ignore_errors=True)
     pipe.save_pretrained(staging)
-    plan.save(staging / PLAN_FILE)
+    if isinstance(done, PruningPlan):
+        done.save(staging / PLAN_FILE)
+    measurements.save(staging / MEASUREMENTS_FILE)
     for old in folder.iterdir():
-        if old.name in (ROWS_FILE, _STAGING):
+        if _is_ours(old.name):
             continue
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)

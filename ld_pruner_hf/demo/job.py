@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,23 +12,22 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers import __version__ as diffusers_version
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from .. import report
+from .. import report, reporting
 from ..latents import final_latents, find_denoiser, preserved
+from ..measurements import environment_of
 from ..pipeline import make_plan, profile, prune, score
 from ..plan import PruningPlan, write_atomically
 from ..profiling import Profile
-from ..scores import CRITERIA, OperatorScores
+from ..scores import OperatorScores
 from ..selection import check_k
-from ..surgery import applied
 from . import PROMPTS, load
 
-Pictures = dict[str, dict[str, list[Image.Image]]]
+Pictures = reporting.Samples
 
 
 @dataclass(frozen=True)
@@ -92,9 +90,11 @@ def run_demo(folder: str | Path, settings: DemoSettings | None = None, device: s
     folder.mkdir(parents=True, exist_ok=True)
     stage(f"scoring the operators of its denoiser; rows go to {folder / 'scores.jsonl'}")
     scores = score_demo(pipe, folder, settings)
-    plans = {c: {k: make_plan(pipe, k, scores=scores, criterion=c) for k in settings.ks} for c in CRITERIA}
+    plans = {c: {k: make_plan(pipe, k, scores=scores, criterion=c) for k in settings.ks} for c in scores.criteria}
     stage(f"drawing {settings.pictures} prompts with every criterion and k")
-    pictures = _draw_all(pipe, plans, settings)
+    call = {"num_inference_steps": settings.picture_steps, "guidance_scale": settings.guidance_scale}
+    prompts = PROMPTS[settings.name][: settings.pictures]
+    pictures = reporting.draw_all(pipe, plans, call, prompts, len(prompts))
     stage("pruning for good, measuring, saving, loading again")
     profiles, equal = _prune_and_measure(plans[scores.criterion], folder, settings, device)
     result = DemoResult(settings, scores, plans, pictures, profiles, equal, device)
@@ -149,30 +149,8 @@ def score_demo(pipe: Any, folder: Path, settings: DemoSettings) -> OperatorScore
 
 def draw(pipe: Any, prompts: Sequence[str], steps: int, guidance_scale: float) -> list[Image.Image]:
     """One picture a prompt, the i-th from seed i whatever the model."""
-    generators = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    with preserved(pipe):
-        return list(pipe(list(prompts), generator=generators, **call).images)
-
-
-def _draw_all(pipe: Any, plans: dict[str, dict[int, PruningPlan]], settings: DemoSettings) -> Pictures:
-    """criterion -> column -> pictures. Plans that modify the same operators alike are drawn once."""
-    prompts = PROMPTS[settings.name][: settings.pictures]
-    drawn: dict[Any, list[Image.Image]] = {}
-    pictures: Pictures = {}
-    with tqdm(total=1 + len(plans) * len(settings.ks), desc="drawing", unit="set") as bar:
-        original = draw(pipe, prompts, settings.picture_steps, settings.guidance_scale)
-        bar.update()
-        for criterion, by_k in plans.items():
-            pictures[criterion] = {"original": original}
-            for k, plan in by_k.items():
-                key = tuple((m.path, m.stand_in.name) for m in plan)
-                if key not in drawn:
-                    with applied(getattr(pipe, plan.component), plan):
-                        drawn[key] = draw(pipe, prompts, settings.picture_steps, settings.guidance_scale)
-                pictures[criterion][f"k = {k}"] = drawn[key]
-                bar.update()
-    return pictures
+    return reporting.draw(pipe, call, prompts, len(prompts))
 
 
 def _prune_and_measure(
@@ -219,47 +197,17 @@ def _latents(pipe: Any, settings: DemoSettings) -> torch.Tensor:
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-def _figures(result: DemoResult) -> dict[str, Any]:
-    """File name -> theme -> figure."""
-    scores = result.scores
-    plans = {f"k = {k}": plan for k, plan in result.plans[scores.criterion].items()}
-    blocks = report.blocks_in_order(row.path for row in scores)
-    return {
-        "importance_by_block": lambda theme: report.importance_figure(scores, theme=theme),
-        "modified_by_type": lambda theme: report.modified_figure(plans, "kind", theme),
-        "modified_by_block": lambda theme: report.modified_figure(plans, "block", theme, blocks),
-    }
-
-
 def _write(folder: Path, result: DemoResult) -> None:
     """Figures, grids, tables, README.md and index.html."""
     labels = PROMPTS[result.settings.name][: result.settings.pictures]
     for criterion, columns in result.pictures.items():
         report.picture_grid(columns, labels).save(folder / f"grid_{criterion}.png")
-    figures = _figures(result)
+    figures = reporting.operator_figures(result.scores, result.plans[result.scores.criterion])
     for name, figure in figures.items():
         (folder / f"{name}.png").write_bytes(report.figure_png(figure("light")))
     report.save_csv(folder / "costs.csv", report.cost_rows(result.profiles))
     write_atomically(folder / "README.md", _readme(result))
     write_atomically(folder / "index.html", _page(result, figures, labels))
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it, else "cpu"."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "cpu"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
-
-
-def environment(result: DemoResult) -> str:
-    """What the numbers were measured on."""
-    p = result.profiles["original"]
-    return (
-        f"{_processor() if p.device == 'cpu' else p.device} ({platform.machine()}, {p.threads} thread{'s' if p.threads != 1 else ''}), {p.dtype}, "
-        f"torch {torch.__version__}, diffusers {diffusers_version}, Python {platform.python_version()}"
-    )
 
 
 def _scoring_text(result: DemoResult) -> str:
@@ -303,45 +251,16 @@ def _facts(result: DemoResult) -> list[tuple[str, str]]:
     ]
 
 
-def _extremes(result: DemoResult, n: int = 6) -> str:
-    ranked = [row for row in result.scores.ranked() if row.error is None]
-    chosen = [("least important", row) for row in ranked[:n]] + [("most important", row) for row in ranked[-n:]]
-    rows = [[row.path + f"\n{row.kind} → {row.stand_in.name}", f"{row.score():.3g}"] for _, row in chosen]
-    head = ["Operator and what replaces it", "Score"]
-    return (
-        f"<p>The {n} least important operators:</p>{report.table_html(head, rows[:n])}"
-        f"<p>The {n} most important ones:</p>{report.table_html(head, rows[n:])}"
-    )
-
-
-def _pictures_section(result: DemoResult, labels: Sequence[str]) -> str:
-    default = result.scores.criterion
-    s = result.settings
-    parts = [
-        f'<p class="note">Criterion {default}. {s.picture_steps} denoising steps, guidance {s.guidance_scale:g}, the same noise '
-        "along each line. Nothing was trained after pruning.</p>",
-        report.pictures_html(result.pictures[default], labels),
-        "<p>The other formulas of the paper, at the same k:</p>",
-    ]
-    for criterion, columns in result.pictures.items():
-        if criterion != default:
-            same = [
-                f"k = {k}" for k, p in result.plans[criterion].items() if p.paths == result.plans[default][k].paths
-            ]
-            note = (
-                f'<p class="note">Takes out the same operators as {default} at {", ".join(same)}.</p>' if same else ""
-            )
-            grid = report.pictures_html(columns, labels)
-            parts.append(f"<details><summary>{html.escape(criterion)}</summary>{note}{grid}</details>")
-    return "".join(parts)
-
-
 def _page(result: DemoResult, figures: dict[str, Any], labels: Sequence[str]) -> str:
     s, p = result.settings, result.profiles["original"]
     note = (
         f'<p class="note">One denoiser call with {p.batch_size} samples (one picture under guidance): the median of {s.repeats} calls '
         f"in the quickest of {s.rounds} rounds, in which the models took turns. IQR is the distance of the quartiles in that round; "
-        f"a difference in latency that is smaller says nothing. MACs are for one sample. {html.escape(environment(result))}.</p>"
+        f"a difference in latency that is smaller says nothing. MACs are for one sample. {html.escape(environment_of(result.profiles['original']))}.</p>"
+    )
+    drawn = (
+        f"{s.picture_steps} denoising steps, guidance {s.guidance_scale:g}, the same noise along each line. Nothing was trained "
+        "after pruning."
     )
     head = ["Model", "Parameters", "MACs", "Latency", "IQR"]
     kept = "equal, bit for bit, to" if result.equal_after_reload else "NOT equal to"
@@ -353,18 +272,12 @@ def _page(result: DemoResult, figures: dict[str, Any], labels: Sequence[str]) ->
     )
     settings = [[k.replace("_", " "), str(v)] for k, v in asdict(s).items() if v not in (None, ())]
     sections = [
-        ("What is left of the pictures", _pictures_section(result, labels)),
-        ("What pruning saves", report.table_html(head, _cost_cells(result)) + note),
         (
-            "Which operators matter",
-            report.figure_html(
-                figures["importance_by_block"], "Importance of every operator by block of the denoiser",
-                "One mark an operator; blocks from the input (top) to the output, and inside a block likewise. Bars are medians. "
-                f"Scores from {_scoring_text(result)}.",
-            ) + _extremes(result),
+            "What is left of the pictures",
+            reporting.samples_section(result.pictures, result.plans, result.scores.criterion, labels, drawn),
         ),
-        ("What was taken out, by type", report.figure_html(figures["modified_by_type"], "Modified operators by type for each k")),
-        ("What was taken out, by block", report.figure_html(figures["modified_by_block"], "Modified operators by block for each k")),
+        ("What pruning saves", report.table_html(head, _cost_cells(result)) + note),
+        *reporting.operator_sections(result.scores, figures, _scoring_text(result)),
         ("Saved and loaded again", saved),
         ("Settings", report.table_html(["Setting", "Value"], settings, text_columns=2)),
     ]  # fmt: skip
@@ -378,7 +291,7 @@ def _page(result: DemoResult, figures: dict[str, Any], labels: Sequence[str]) ->
         lead,
         _facts(result),
         sections,
-        f"Made by ld-pruner demo. {environment(result)}.",
+        f"Made by ld-pruner demo. {environment_of(result.profiles['original'])}.",
     )
 
 
@@ -388,7 +301,7 @@ def _readme(result: DemoResult) -> str:
         f"# ld-pruner demo: {result.settings.name}",
         "",
         f"Scoring: {_scoring_text(result)}.",
-        f"Measured on {environment(result)}.",
+        f"Measured on {environment_of(result.profiles['original'])}.",
         "",
     ]
     lines += ["| model | parameters | MACs a sample | latency | IQR |", "|---|---|---|---|---|"]
