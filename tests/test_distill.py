@@ -12,6 +12,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -346,6 +347,47 @@ def test_unconditional_pipelines(run, teacher):
     assert losses(out)[0]["feature"] > 0 and (out / "validation" / "step_000002.png").is_file()
 
 
+def test_presets_are_students_by_name(run, tmp_path):
+    with pytest.raises(ValueError, match="preset 'bk-sdm-small' is for U-Nets of Stable Diffusion 1 or 2"):
+        run(student=("--plan", "bk-sdm-small"))
+    pipe = DiffusionPipeline.from_pretrained(run(student=("--plan", "no-mid-block")))
+    assert pipe.unet.mid_block is None and ld_pruner_hf.record_of(pipe.unet).how == "no-mid-block"
+
+
+def test_recordings_teach_an_audio_pipeline(folder, run, tmp_path):
+    """A folder of wav files, straight from the recorder."""
+    soundfile, _ = pytest.importorskip("soundfile"), pytest.importorskip("librosa")
+    (tmp_path / "wav").mkdir()
+    for i in range(4):
+        soundfile.write(tmp_path / "wav" / f"{i}.wav", np.sin(np.arange(4000) * (0.1 + 0.1 * i)), 8000)
+    soundfile.write(tmp_path / "wav" / "short.wav", np.ones(50), 8000)
+    tiny_audio().save_pretrained(folder / "audio")
+    data = [
+        "--train_data_dir",
+        tmp_path / "wav",
+        "--train_batch_size",
+        2,
+        "--max_train_steps",
+        2,
+        "--cache_dir",
+        tmp_path,
+    ]
+    out = run("--cache_latents", teacher="audio", student=("--plan", "ddpm.json"), data=data)
+    assert len(losses(out)) == 2
+    with pytest.raises(ValueError, match="has no `mel`"):
+        run(teacher="ddpm", student=("--plan", "ddpm.json"), data=data)
+
+
+def tiny_audio():
+    """The U-Net of `tiny.ddpm` with one channel, and spectrograms of its size."""
+    from diffusers import AudioDiffusionPipeline, DDIMScheduler, Mel, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(**{**tiny.UNCONDITIONAL_UNET, "in_channels": 1, "out_channels": 1, "sample_size": (8, 8)})
+    mel = Mel(x_res=8, y_res=8, sample_rate=8000, n_fft=64, hop_length=32)
+    return AudioDiffusionPipeline(vqvae=None, unet=unet, mel=mel, scheduler=DDIMScheduler(num_train_timesteps=100))
+
+
 # ---- recipes -------------------------------------------------------------------------------------------------------
 
 TINY = {  # recipe -> (teacher, plan) that are small and of the same kind
@@ -466,6 +508,12 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path):
         options.check_writable(tmp_path / "file" / "out")
     with pytest.raises(ValueError, match="of room"):
         options.check_writable(tmp_path, needed=10**18)
+
+
+def test_a_hub_that_takes_nothing_is_found_before_the_training(run, monkeypatch):
+    monkeypatch.setattr(distill, "load_pipeline", lambda *_: pytest.fail("a pipeline was loaded"))
+    with pytest.raises(ValueError, match="--push_to_hub: cannot make the repository me/model"):
+        run("--push_to_hub", "--hub_model_id", "me/model")  # the tests run offline
 
 
 def test_students_of_another_teacher_are_refused(folder, run):
