@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .. import report
-from ..latents import final_latents, find_denoiser, preserved
+from ..latents import final_latents, find_denoiser, preserved, steps_argument
 from ..pipeline import make_plan, profile, prune, score
 from ..plan import PruningPlan, write_atomically
 from ..profiling import Profile
@@ -38,8 +38,9 @@ class DemoSettings:
 
     Attributes:
         name: which shipped pipeline. ks: how many operators to take out.
-        score_prompts, seeds, num_inference_steps: scoring; without guidance, which halves its cost.
-        pictures, picture_steps, guidance_scale: the pictures: number of prompts, denoising steps, classifier-free guidance.
+        score_prompts, seeds, num_inference_steps: scoring; without guidance, which halves its cost. A pipeline without prompts
+            gets as many latents from that many more seeds.
+        pictures, picture_steps, guidance_scale: the pictures: how many, denoising steps, classifier-free guidance.
         rounds, repeats: rounds in which latency is measured, and timed denoiser calls in each. include: patterns of operators to score; all if empty.
     """
 
@@ -59,6 +60,16 @@ class DemoSettings:
     def k_to_save(self) -> int:
         """The k whose pipeline is saved and loaded again."""
         return 20 if 20 in self.ks else self.ks[0]
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """What the pipeline can be asked for; None if it is unconditional."""
+        return PROMPTS.get(self.name)
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each picture."""
+        return self.prompts[: self.pictures] if self.prompts else [f"seed {i}" for i in range(self.pictures)]
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ def run_demo(folder: str | Path, settings: DemoSettings | None = None, device: s
     stage(f"scoring the operators of its denoiser; rows go to {folder / 'scores.jsonl'}")
     scores = score_demo(pipe, folder, settings)
     plans = {c: {k: make_plan(pipe, k, scores=scores, criterion=c) for k in settings.ks} for c in CRITERIA}
-    stage(f"drawing {settings.pictures} prompts with every criterion and k")
+    stage(f"drawing {len(settings.labels)} pictures with every criterion and k")
     pictures = _draw_all(pipe, plans, settings)
     stage("pruning for good, measuring, saving, loading again")
     profiles, equal = _prune_and_measure(plans[scores.criterion], folder, settings, device)
@@ -136,32 +147,42 @@ def _load(name: str, device: str) -> Any:
 
 
 def score_demo(pipe: Any, folder: Path, settings: DemoSettings) -> OperatorScores:
-    """Score with the demo's short setting: all (prompt, seed) pairs in one batch, no guidance."""
-    prompts = PROMPTS[settings.name][: settings.score_prompts]
+    """Score with the demo's short setting: all latents in one batch, no guidance."""
+    if settings.prompts:
+        prompts, seeds, call = settings.prompts[: settings.score_prompts], settings.seeds, {"guidance_scale": 1.0}
+    else:
+        prompts, seeds, call = None, settings.score_prompts * settings.seeds, {}
     scores = score(
-        pipe, prompts, num_inference_steps=settings.num_inference_steps, seeds=settings.seeds, guidance_scale=1.0,
-        batch_size=len(prompts) * settings.seeds, include=list(settings.include), resume_from=folder / "scores.jsonl",
+        pipe, prompts, num_inference_steps=settings.num_inference_steps, seeds=seeds,
+        batch_size=settings.score_prompts * settings.seeds, include=list(settings.include),
+        resume_from=folder / "scores.jsonl", **call,
     )  # fmt: skip
     scores.to_csv(folder / "scores.csv")
     scores.to_json(folder / "scores.json")
     return scores
 
 
-def draw(pipe: Any, prompts: Sequence[str], steps: int, guidance_scale: float) -> list[Image.Image]:
-    """One picture a prompt, the i-th from seed i whatever the model."""
-    generators = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
-    call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+def picture_call(pipe: Any, settings: DemoSettings) -> dict[str, Any]:
+    """The pipeline's arguments for all pictures of the demo."""
+    call = steps_argument(pipe, settings.picture_steps)
+    if settings.prompts:
+        return {**call, "prompt": settings.labels, "guidance_scale": settings.guidance_scale}
+    return {**call, "batch_size": settings.pictures}
+
+
+def draw(pipe: Any, settings: DemoSettings) -> list[Image.Image]:
+    """The demo's pictures (spectrograms for sound), the i-th from seed i whatever the model."""
+    generators = [torch.Generator("cpu").manual_seed(i) for i in range(len(settings.labels))]
     with preserved(pipe):
-        return list(pipe(list(prompts), generator=generators, **call).images)
+        return list(pipe(**picture_call(pipe, settings), generator=generators).images)
 
 
 def _draw_all(pipe: Any, plans: dict[str, dict[int, PruningPlan]], settings: DemoSettings) -> Pictures:
     """criterion -> column -> pictures. Plans that modify the same operators alike are drawn once."""
-    prompts = PROMPTS[settings.name][: settings.pictures]
     drawn: dict[Any, list[Image.Image]] = {}
     pictures: Pictures = {}
     with tqdm(total=1 + len(plans) * len(settings.ks), desc="drawing", unit="set") as bar:
-        original = draw(pipe, prompts, settings.picture_steps, settings.guidance_scale)
+        original = draw(pipe, settings)
         bar.update()
         for criterion, by_k in plans.items():
             pictures[criterion] = {"original": original}
@@ -169,7 +190,7 @@ def _draw_all(pipe: Any, plans: dict[str, dict[int, PruningPlan]], settings: Dem
                 key = tuple((m.path, m.stand_in.name) for m in plan)
                 if key not in drawn:
                     with applied(getattr(pipe, plan.component), plan):
-                        drawn[key] = draw(pipe, prompts, settings.picture_steps, settings.guidance_scale)
+                        drawn[key] = draw(pipe, settings)
                 pictures[criterion][f"k = {k}"] = drawn[key]
                 bar.update()
     return pictures
@@ -193,7 +214,9 @@ def _prune_and_measure(
 
 def _measure_in_turn(models: dict[str, Any], settings: DemoSettings) -> dict[str, Profile]:
     """The profile of each model from its quickest round. The models take turns, so that a busy moment hits no model alone."""
-    call: dict[str, Any] = {"prompt": PROMPTS[settings.name][0], "guidance_scale": settings.guidance_scale}
+    call: dict[str, Any] = {}
+    if settings.prompts:
+        call = {"prompt": settings.prompts[0], "guidance_scale": settings.guidance_scale}
     best: dict[str, Profile] = {}
     with tqdm(total=settings.rounds * len(models), desc="measuring", unit="model") as bar:
         for _ in range(settings.rounds):
@@ -206,14 +229,8 @@ def _measure_in_turn(models: dict[str, Any], settings: DemoSettings) -> dict[str
 
 
 def _latents(pipe: Any, settings: DemoSettings) -> torch.Tensor:
-    prompts = PROMPTS[settings.name][: settings.pictures]
-    call = {
-        "prompt": prompts,
-        "num_inference_steps": settings.picture_steps,
-        "guidance_scale": settings.guidance_scale,
-    }
     with preserved(pipe):
-        return final_latents(pipe, call, range(len(prompts)))
+        return final_latents(pipe, picture_call(pipe, settings), range(len(settings.labels)))
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------
@@ -233,7 +250,7 @@ def _figures(result: DemoResult) -> dict[str, Any]:
 
 def _write(folder: Path, result: DemoResult) -> None:
     """Figures, grids, tables, README.md and index.html."""
-    labels = PROMPTS[result.settings.name][: result.settings.pictures]
+    labels = result.settings.labels
     for criterion, columns in result.pictures.items():
         report.picture_grid(columns, labels).save(folder / f"grid_{criterion}.png")
     figures = _figures(result)
@@ -264,10 +281,12 @@ def environment(result: DemoResult) -> str:
 
 def _scoring_text(result: DemoResult) -> str:
     s = result.settings
-    return (
-        f"{s.score_prompts} prompts ({', '.join(PROMPTS[s.name][: s.score_prompts])}) x {s.seeds} seeds, "
-        f"{s.num_inference_steps} denoising steps, no guidance, criterion {result.scores.criterion}"
-    )
+    if s.prompts:
+        prompts = s.prompts[: s.score_prompts]
+        latents, guidance = f"{len(prompts)} prompts ({', '.join(prompts)}) x {s.seeds} seeds", "no guidance, "
+    else:
+        latents, guidance = f"{s.score_prompts * s.seeds} seeds", ""
+    return f"{latents}, {s.num_inference_steps} denoising steps, {guidance}criterion {result.scores.criterion}"
 
 
 def _share(value: float | None) -> str:
@@ -317,8 +336,9 @@ def _extremes(result: DemoResult, n: int = 6) -> str:
 def _pictures_section(result: DemoResult, labels: Sequence[str]) -> str:
     default = result.scores.criterion
     s = result.settings
+    guidance = f", guidance {s.guidance_scale:g}" if s.prompts else ""
     parts = [
-        f'<p class="note">Criterion {default}. {s.picture_steps} denoising steps, guidance {s.guidance_scale:g}, the same noise '
+        f'<p class="note">Criterion {default}. {s.picture_steps} denoising steps{guidance}, the same noise '
         "along each line. Nothing was trained after pruning.</p>",
         report.pictures_html(result.pictures[default], labels),
         "<p>The other formulas of the paper, at the same k:</p>",
@@ -338,18 +358,20 @@ def _pictures_section(result: DemoResult, labels: Sequence[str]) -> str:
 
 def _page(result: DemoResult, figures: dict[str, Any], labels: Sequence[str]) -> str:
     s, p = result.settings, result.profiles["original"]
+    samples = f"{p.batch_size} samples (one picture under guidance)" if s.prompts else f"batch size {p.batch_size}"
     note = (
-        f'<p class="note">One denoiser call with {p.batch_size} samples (one picture under guidance): the median of {s.repeats} calls '
+        f'<p class="note">One denoiser call with {samples}: the median of {s.repeats} calls '
         f"in the quickest of {s.rounds} rounds, in which the models took turns. IQR is the distance of the quartiles in that round; "
         f"a difference in latency that is smaller says nothing. MACs are for one sample. {html.escape(environment(result))}.</p>"
     )
     head = ["Model", "Parameters", "MACs", "Latency", "IQR"]
+    argument = f'"{labels[0]}"' if s.prompts else ""
     kept = "equal, bit for bit, to" if result.equal_after_reload else "NOT equal to"
     saved = (
         f"<p>The pipeline with k = {s.k_to_save} is in <code>pruned/</code>. It was loaded again from there, and its final latents for "
-        f"the {len(labels)} prompts above are <b>{kept}</b> those of the pipeline that was saved.</p>"
+        f"the {len(labels)} pictures above are <b>{kept}</b> those of the pipeline that was saved.</p>"
         f"<pre>import ld_pruner_hf\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("pruned")\npipe("{labels[0]}").images[0]</pre>'
+        f'pipe = DiffusionPipeline.from_pretrained("pruned")\npipe({argument}).images[0]</pre>'
     )
     settings = [[k.replace("_", " "), str(v)] for k, v in asdict(s).items() if v not in (None, ())]
     sections = [
