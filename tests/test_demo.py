@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 import ld_pruner_hf
 from ld_pruner_hf import cli, demo, plan_of
+from ld_pruner_hf.latents import steps_argument
 
 
 def draw(pipe, prompts, **call) -> np.ndarray:
@@ -30,11 +31,13 @@ def load(name):
 
 
 def samples(pipe, seeds=(0, 1, 2), steps=3) -> np.ndarray:
-    """What an unconditional pipeline makes from these seeds: (N, H, W, 3) pictures in [0, 1], or (N, samples) sound."""
-    generator = [torch.Generator().manual_seed(s) for s in seeds]
-    if isinstance(pipe, AudioDiffusionPipeline):
-        return pipe(batch_size=len(seeds), steps=steps, generator=generator).audios[:, 0]
-    return pipe(batch_size=len(seeds), num_inference_steps=steps, generator=generator, output_type="np").images
+    """What an unconditional pipeline makes from these seeds: pictures (N, H, W, ...) in [0, 1], spectrograms for sound.
+
+    Not the sound itself: librosa's Griffin-Lim starts from random phases, so it differs from call to call.
+    """
+    call = steps_argument(pipe, steps)
+    pictures = pipe(batch_size=len(seeds), generator=[torch.Generator().manual_seed(s) for s in seeds], **call).images
+    return np.stack([np.asarray(p) for p in pictures]) / 255
 
 
 def test_names_and_paths():
@@ -90,17 +93,20 @@ def test_unconditional_pipelines_are_plain(name):
     assert type(pipe) is {"clothing": LDMPipeline, "digits": AudioDiffusionPipeline}[name]
     assert plan_of(pipe.unet) is None and {p.dtype for p in pipe.unet.parameters()} == {torch.float32}
     made = samples(pipe)
-    assert made.shape == {"clothing": (3, 64, 64, 3), "digits": (3, 8064)}[name]
-    assert np.isfinite(made).all()
-    assert all(m.std() > 0.005 for m in made), "a sample is blank or silent"
-    assert all(np.abs(a - b).mean() > 0.005 for i, a in enumerate(made) for b in made[:i])
+    assert made.shape == {"clothing": (3, 64, 64, 3), "digits": (3, 64, 64)}[name]
+    assert all(m.std() > 0.02 for m in made), "a picture is blank"
+    assert all(np.abs(a - b).mean() > 0.02 for i, a in enumerate(made) for b in made[:i])
 
 
-def test_digits_last_a_second_and_end_in_silence():
-    """A spoken digit takes about half a second; what follows must be quieter by far."""
-    audios = samples(load("digits"), seeds=range(4), steps=10)
-    loudness = np.sqrt((audios**2).reshape(4, 4, -1).mean(-1))  # (samples, quarters of a second)
+def test_digits_sound_for_a_moment_and_end_in_silence():
+    """A spoken digit takes about half of its second, and speech changes from frame to frame."""
+    pipe = load("digits")
+    output = pipe(batch_size=4, steps=10, generator=[torch.Generator().manual_seed(s) for s in range(4)])
+    assert output.audios.shape == (4, 1, 8064) and np.isfinite(output.audios).all()
+    loudness = np.sqrt((output.audios**2).reshape(4, 4, -1).mean(-1))  # (samples, quarters of the second)
     assert (loudness[:, :2].max(1) > 10 * loudness[:, 3]).all()
+    frames = np.stack([np.asarray(p, dtype=float) for p in output.images])  # (samples, bands, time)
+    assert (np.abs(np.diff(frames[..., :16], axis=-1)).mean(axis=(1, 2)) > 2).all()
 
 
 @unconditional
@@ -123,7 +129,7 @@ def test_unconditional_pipelines_can_be_scored_pruned_saved_and_loaded(name, tmp
     pipe.prune(2)
     pipe.save_pretrained(tmp_path)
     pruned = samples(pipe)
-    assert np.isfinite(pruned).all() and not np.array_equal(pruned, original)
+    assert pruned.std() > 0.02 and not np.array_equal(pruned, original)
     loaded = tiny.quiet(DiffusionPipeline.from_pretrained(tmp_path))
     assert type(loaded) is type(pipe) and np.array_equal(samples(loaded), pruned)
 
