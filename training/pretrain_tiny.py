@@ -402,6 +402,13 @@ TASKS = {
 }
 
 
+def task_of(recipe, path):
+    """The class of the recipe's task."""
+    if recipe.get("task") not in TASKS:
+        raise ValueError(f"{path}: task: got {recipe.get('task')!r}, expected one of {list(TASKS)}")
+    return TASKS[recipe["task"]]
+
+
 def train_tokenizer(captions, config):
     """A CLIP tokenizer (byte-pair encoding, lower case) whose vocabulary comes from the captions."""
     blank = CLIPTokenizer(model_max_length=config["text_encoder"]["max_position_embeddings"])
@@ -499,7 +506,11 @@ def main(argv=None):
     limits = {"max_minutes": args.max_minutes, "checkpoint_minutes": args.checkpoint_minutes}
     bf16 = args.mixed_precision == "bf16"
     torch.manual_seed(recipe["seed"])
-    task_class = TASKS[recipe["task"]]
+    task_class = task_of(recipe, args.recipe)
+    if args.init_from and not (args.init_from / "model_index.json").is_file():
+        raise ValueError(
+            f"--init_from: {args.init_from} is no pipeline's folder; expected one with a model_index.json"
+        )
     rows = load_rows(args.train_data, recipe, task_class.columns)
     images = load_images(rows, recipe["resolution"], task_class.mode)
     probabilities = torch.tensor(rows["weight"].to_numpy(), dtype=torch.float32)
