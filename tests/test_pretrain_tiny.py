@@ -222,6 +222,6 @@ def test_wrong_arguments_are_refused_before_any_work(pretrain, parquet, tmp_path
     with pytest.raises(ValueError, match=r"recipe.yaml: task: got 'poetry', expected one of \['text-to-image', "):
         pretrain.main(arguments)
     recipe.write_text(yaml.safe_dump({"task": "unconditional-image", "seed": 0}))
-    with pytest.raises(ValueError, match="--init_from: .* is no pipeline's folder"):
+    with pytest.raises(ValueError, match=r"--init_from: .* is no pipeline's folder"):
         pretrain.main([*arguments, "--init_from", str(tmp_path)])
     assert not (tmp_path / "out").exists()
