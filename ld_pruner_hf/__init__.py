@@ -9,11 +9,16 @@ In short:
 """
 
 from . import demo
+from . import hub as _hub
 from . import modeling as _modeling
 from . import pipeline as _pipeline
+from .additivity import measure_additivity
 from .distillation import DistillationLoss, NoiseProcess
 from .features import FeatureTaps, Tap, TapPair, find_taps
 from .fitting import Fit, fit_stand_ins
+from .hub import Evidence, publish, push_plan
+from .loading import load_plan
+from .measurements import Measurements
 from .modeling import plan_of
 from .operators import find_operators
 from .pipeline import LDPrunerMixin, make_plan, profile, prune, score
@@ -29,12 +34,14 @@ from .surgery import applied, apply_plan_
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "CRITERIA", "PRESETS", "DistillationLoss", "FeatureTaps", "Fit", "LDPrunerMixin", "Modification",
+    "CRITERIA", "PRESETS", "DistillationLoss", "Evidence", "FeatureTaps", "Fit", "LDPrunerMixin", "Measurements", "Modification",
     "NoiseProcess", "Operator", "OperatorScore", "OperatorScores", "OutputRule", "PlanDiff", "PlanError", "Profile",
     "PruningPlan", "StandInSpec", "StockRecord", "Tap", "TapPair", "applied", "apply_plan_", "apply_preset_",
-    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "make_plan", "measure_damage", "plan_of", "profile", "prune",
+    "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack", "load_plan", "make_plan", "measure_additivity",
+    "measure_damage", "plan_of", "profile", "prune", "publish", "push_plan",
     "ratio", "record_of", "score", "score_operators", "to_stock_", "top_k",
 ]  # fmt: skip
 
 _modeling.install()
 _pipeline.install()
+_hub.install()

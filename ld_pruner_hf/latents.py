@@ -303,7 +303,7 @@ def calling(model: nn.Module, method: str) -> Iterator[None]:
         yield
 
 
-def _denoise(
+def denoise(
     pipe: Any, call: Condition, seeds: Sequence[int], stop_after: int | None = None
 ) -> tuple[torch.Tensor, dict[str, RecordedCall]]:
     """Run the pipeline up to its first decoding: (latents after the last scheduler step, component -> its `decode` call)."""
@@ -370,7 +370,7 @@ def final_latents(pipe: Any, call: Condition, seeds: Sequence[int], stop_after: 
     Raises:
         RuntimeError: the call made no scheduler step.
     """
-    return _denoise(pipe, call, seeds, stop_after)[0]
+    return denoise(pipe, call, seeds, stop_after)[0]
 
 
 def decoder_call(pipe: Any, component: str, call: Condition, seeds: Sequence[int]) -> RecordedCall:
@@ -379,7 +379,7 @@ def decoder_call(pipe: Any, component: str, call: Condition, seeds: Sequence[int
     Raises:
         ValueError: the pipeline does not decode with this component.
     """
-    decodes = _denoise(pipe, call, seeds)[1]
+    decodes = denoise(pipe, call, seeds)[1]
     if component not in decodes:
         raise ValueError(
             f"{type(pipe).__name__}: its component {component!r} neither denoises nor decodes; name another with component=..."

@@ -16,15 +16,15 @@ from .latents import RecordedCall, find_denoiser, make_conditions, preserved, re
 from .operators import find_operators, steps_argument_if_any
 from .plan import Modification, PlanError, PruningPlan, is_inside
 from .profiling import count_macs, peak_memory
-from .scores import OperatorScore, OperatorScores, check_criterion
-from .scoring import measure_damage, score_operators
+from .scores import CRITERIA, OperatorScore, OperatorScores, check_criterion
+from .scoring import check_joint, measure_damage, score_operators
 from .selection import METHODS, SAVINGS, check_k, innermost, ratio, top_k
 from .surgery import architecture_of, count_params, refuse_wrapped
 
 LAST_SCORES = "_ld_pruner_scores"
 OPERATORS_ONLY = ("include", "exclude", "kinds", "standins", "resume_from")
 """Arguments of `score` that say which operators to score, and how to go on with it."""
-SCORING_ONLY = ("criterion", "pooled", *OPERATORS_ONLY)
+SCORING_ONLY = ("criterion", "pooled", "calibration", *OPERATORS_ONLY)
 """Arguments of `score` that concern neither the conditions nor the pipeline's call."""
 
 
@@ -88,10 +88,10 @@ class Goal:
             raise ValueError(
                 f"prune: got {got or 'no goal'}, expected one of a number of operators, {', '.join(f'{u}=' for u in SAVINGS)}"
             )
-        methods = (*METHODS, "rounds") if given else ("top-k", "rounds")
-        if method not in (None, *methods):
+        methods = [*METHODS, "rounds"] if given else ["top-k", "rounds"]
+        if method not in [None, *methods]:
             what = f"{next(iter(given))}=" if given else "a number of operators"
-            raise ValueError(f"method: got {method!r}, expected one of {list(methods)} for {what}")
+            raise ValueError(f"method: got {method!r}, expected one of {methods} for {what}")
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 2:
             raise ValueError(f"rounds: got {rounds!r}, expected how often to score and choose, 2 or more")
         method, rounds = method or methods[0], rounds if method == "rounds" else 1
@@ -124,11 +124,13 @@ def make_plan(
     goal = Goal.of(k, {**goals, "method": method, "rounds": rounds})
     if criterion is not None:
         check_criterion(criterion)
-    if goal.rounds > 1 and scores is not None:
-        raise ValueError(
-            "scores: method 'rounds' scores anew in each round; leave the scores out, and pass the arguments of score instead"
-        )
-    scores = _find_scores(pipe, k, scores, component, score_kwargs, reuse=goal.rounds == 1)
+    if goal.rounds > 1:
+        check_joint(criterion or CRITERIA[0])
+        if scores is not None:
+            raise ValueError(
+                "scores: method 'rounds' scores anew in each round; leave them out, and pass the arguments of score instead"
+            )
+    scores = _find_scores(pipe, k, scores, component, criterion, score_kwargs, reuse=goal.rounds == 1)
     if criterion is not None:
         scores = scores.with_criterion(criterion)
     model = component_of(pipe, scores.component)
@@ -211,6 +213,7 @@ def _find_scores(
     k: int | None,
     scores: Any,
     component: str | None,
+    criterion: str | None,
     score_kwargs: dict[str, Any],
     reuse: bool,
 ) -> OperatorScores:
@@ -218,11 +221,14 @@ def _find_scores(
     if isinstance(scores, (str, os.PathLike)):
         scores = OperatorScores.load(scores)
     if scores is None:
-        last = getattr(pipe, LAST_SCORES, None) if reuse else None
-        usable = last is not None and component in (None, last.component) and not score_kwargs and _fits(pipe, last)
-        if not usable and k is not None:
+        last: OperatorScores | None = getattr(pipe, LAST_SCORES, None) if reuse and not score_kwargs else None
+        if last is not None and component in (None, last.component) and _fits(pipe, last):
+            scores = last if criterion is None or criterion in last.criteria else None
+    if scores is None:
+        if k is not None:
             _check_reachable(pipe, k, component, score_kwargs)
-        scores = last if usable else score(pipe, component=component, **score_kwargs)
+        how = {**score_kwargs, **({"criterion": criterion} if criterion else {})}
+        scores = score(pipe, component=component, **how)
     if not isinstance(scores, OperatorScores):
         raise ValueError(
             f"scores: got {type(scores).__name__}, expected OperatorScores or the path of a file of scores"

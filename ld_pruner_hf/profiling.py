@@ -6,8 +6,9 @@ import functools
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,6 +94,23 @@ def count_macs(model: nn.Module, call: RecordedCall) -> tuple[dict[str, int], di
     return total, conv_linear
 
 
+def count_call_macs(fn: Callable[[], Any]) -> int:
+    """MACs of everything that `fn()` runs."""
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with torch.no_grad(), counter:
+        fn()
+    return counter.get_total_flops() // 2
+
+
+def processor_name() -> str:
+    """The processor's name where Linux tells it, else "cpu"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
 class _LiveTensors(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, while they live; `known` ones are not counted."""
 
@@ -124,10 +142,15 @@ def peak_memory(model: nn.Module, call: RecordedCall) -> int:
     Counted from the tensors, so it is exact, the same each time and on every device (`meta` too); what kernels use inside
     and what an allocator keeps in reserve come on top.
     """
-    own = [*model.parameters(), *model.buffers()]
     given = [v for v in tree_leaves((call.args, call.kwargs)) if isinstance(v, torch.Tensor)]
+    return peak_memory_of(lambda: run(model, call), [model], given)
+
+
+def peak_memory_of(fn: Callable[[], Any], models: Iterable[nn.Module], given: Iterable[torch.Tensor] = ()) -> int:
+    """Like `peak_memory`, of anything that `fn()` runs with these models; tensors `given` to it are not counted."""
+    own = [t for model in models for t in (*model.parameters(), *model.buffers())]
     with torch.no_grad(), _LiveTensors([*own, *given]) as tensors:
-        run(model, call)
+        fn()
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own}
     return sum(storages.values()) + tensors.peak
 

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,36 @@ SCORES_FORMAT = "ld_pruner_hf.scores"
 DOCUMENT_FORMAT = "ld_pruner_hf.scores_document"
 END = "end_of_run"
 
-CRITERIA = {
+LATENT_SHIFT: dict[str, Callable[[float, float], float]] = {
     "latent-shift": lambda avg, std: avg + std,  # LD-Pruner, equation 7
     "latent-shift-product": lambda avg, std: avg * std,
     "latent-shift-mean": lambda avg, std: avg,
     "latent-shift-std": lambda avg, std: std,
 }
-"""criterion -> score of one condition from avg_dist and std_dist (METHODS: LD-Pruner 3)."""
+"""criterion -> score of one condition from avg_dist and std_dist. They are measured together."""
+
+MEASURED_ALONE = {
+    "output-error": "output_error",  # LAPTOP-Diff, one-shot surrogate
+    "block-influence": "block_influence",
+    "taylor": "taylor",
+    "magnitude": "magnitude",
+    "random": "random",
+}
+"""criterion -> field of `OperatorScore` that is the score. Each has a measurement of its own (module `criteria`)."""
+
+CRITERIA = (*LATENT_SHIFT, *MEASURED_ALONE)
+"""What operators can be ranked by; see docs/scoring.md."""
 
 
 def check_criterion(criterion: str) -> str:
     if criterion not in CRITERIA:
         raise ValueError(f"criterion: got {criterion!r}, expected one of {list(CRITERIA)}")
     return criterion
+
+
+def measured_with(criterion: str) -> tuple[str, ...]:
+    """The criteria that a measurement for this one gives: itself, and those measured together with it."""
+    return tuple(LATENT_SHIFT) if check_criterion(criterion) in LATENT_SHIFT else (criterion,)
 
 
 @dataclass(frozen=True)
@@ -40,7 +57,8 @@ class OperatorScore:
     Attributes:
         path, kind: the operator. stand_in: what replaced it.
         avg_dist, std_dist: one value per condition (one in all, where conditions are pooled): the distances of the mean and
-            of the standard deviation of the final latents (LD-Pruner, equations 1 and 2).
+            of the standard deviation of the final latents (LD-Pruner, equations 1 and 2). Empty if not measured.
+        output_error, block_influence, taylor, magnitude, random: the scores by these criteria; None if not measured.
         params_removed, macs_removed: operator minus stand-in; MACs per sample and denoiser call.
         latency_share: part of the denoiser's time spent in the operator; None if not measured.
         seconds: how long this row took to measure.
@@ -52,6 +70,11 @@ class OperatorScore:
     stand_in: StandInSpec
     avg_dist: tuple[float, ...] = ()
     std_dist: tuple[float, ...] = ()
+    output_error: float | None = None
+    block_influence: float | None = None
+    taylor: float | None = None
+    magnitude: float | None = None
+    random: float | None = None
     params_removed: int = 0
     macs_removed: int = 0
     latency_share: float | None = None
@@ -62,11 +85,27 @@ class OperatorScore:
     def key(self) -> tuple[str, str]:
         return self.path, self.stand_in.name
 
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """The criteria that were measured; all of them for a failed row, which ranks last by each."""
+        if self.error is not None:
+            return CRITERIA
+        latent_shift = tuple(LATENT_SHIFT) if self.avg_dist else ()
+        return (*latent_shift, *(c for c, field in MEASURED_ALONE.items() if getattr(self, field) is not None))
+
     def score(self, criterion: str = "latent-shift") -> float:
-        """Sum over conditions; infinite where the modified model failed, so that it ranks last."""
+        """By the latent-shift criteria the sum over conditions; infinite where the modified model failed, so that it ranks last.
+
+        Raises:
+            ValueError: an unknown criterion, or one that was not measured.
+        """
+        if check_criterion(criterion) not in self.criteria:
+            raise ValueError(_not_measured(criterion, self.criteria))
         if self.error is not None:
             return math.inf
-        combine = CRITERIA[check_criterion(criterion)]
+        if criterion in MEASURED_ALONE:
+            return getattr(self, MEASURED_ALONE[criterion])
+        combine = LATENT_SHIFT[criterion]
         return math.fsum(combine(a, s) for a, s in zip(self.avg_dist, self.std_dist, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +123,10 @@ class OperatorScore:
             raise PlanError(f"score row {data!r}: {error!r}") from error
 
 
+def _not_measured(criterion: str, measured: tuple[str, ...]) -> str:
+    return f"criterion: got {criterion!r}, these scores hold {list(measured)}; score with criterion={criterion!r} to have it"
+
+
 @dataclass(frozen=True)
 class OperatorScores:
     """All rows of one scoring run and what they were measured with.
@@ -92,7 +135,7 @@ class OperatorScores:
         rows: in the order of the model's modules.
         architecture, weights: fingerprints of the scored model. model_class, component: which one it was.
         settings: everything that the numbers depend on (conditions, seeds, steps, ...).
-        criterion: the default formula for ranking; every row holds what all of `CRITERIA` need.
+        criterion: what the rows are ranked by; see `criteria` for what they can be ranked by.
     """
 
     rows: tuple[OperatorScore, ...]
@@ -109,9 +152,24 @@ class OperatorScores:
     def __iter__(self) -> Iterator[OperatorScore]:
         return iter(self.rows)
 
-    def ranked(self, criterion: str | None = None) -> list[OperatorScore]:
-        """One row per operator, with its best stand-in, least important first; failed ones last."""
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """The criteria that every row was measured for."""
+        return tuple(c for c in CRITERIA if all(c in row.criteria for row in self.rows))
+
+    def _check(self, criterion: str | None) -> str:
         criterion = check_criterion(criterion or self.criterion)
+        if criterion not in self.criteria:
+            raise ValueError(_not_measured(criterion, self.criteria))
+        return criterion
+
+    def ranked(self, criterion: str | None = None) -> list[OperatorScore]:
+        """One row per operator, with its best stand-in, least important first; failed ones last.
+
+        Raises:
+            ValueError: a criterion that was not measured.
+        """
+        criterion = self._check(criterion)
         best: dict[str, OperatorScore] = {}
         for row in self.rows:
             if row.path not in best or row.score(criterion) < best[row.path].score(criterion):
@@ -119,7 +177,12 @@ class OperatorScores:
         return sorted(best.values(), key=lambda row: row.score(criterion))
 
     def with_criterion(self, criterion: str) -> OperatorScores:
-        return replace(self, criterion=check_criterion(criterion))
+        """The same rows, ranked by another criterion.
+
+        Raises:
+            ValueError: a criterion that was not measured.
+        """
+        return replace(self, criterion=self._check(criterion))
 
     def header(self) -> dict[str, Any]:
         return {
@@ -168,11 +231,11 @@ class OperatorScores:
 
     def table(self, criterion: str | None = None) -> list[dict[str, Any]]:
         """Plain rows, least important operator first, one per operator and stand-in."""
-        criterion = check_criterion(criterion or self.criterion)
+        criterion, criteria = self._check(criterion), self.criteria
         result = []
         for rank, row in enumerate(sorted(self.rows, key=lambda r: r.score(criterion)), 1):
             entry: dict[str, Any] = {"rank": rank, "path": row.path, "kind": row.kind, "stand_in": row.stand_in.name}
-            entry |= {name: None if row.error else row.score(name) for name in CRITERIA}
+            entry |= {name: None if row.error else row.score(name) for name in criteria}
             entry |= {"params_removed": row.params_removed, "macs_removed": row.macs_removed}
             result.append(entry | {"latency_share": row.latency_share, "error": row.error})
         return result

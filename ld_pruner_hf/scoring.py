@@ -1,17 +1,23 @@
-"""score_operators: replace one operator at a time, denoise, and see how far the final latents move (LD-Pruner, section 2.3)."""
+"""score_operators: replace one operator at a time, denoise, and see how far the final latents move (LD-Pruner, section 2.3).
+
+Other criteria are measured here too, by their own functions (`criteria`); rows, files and errors are the same for all.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .criteria import block_influence, magnitude, output_error, random_scores, taylor
 from .latents import (
     Condition,
     Job,
@@ -28,8 +34,11 @@ from .operators import check_filters, find_operators
 from .plan import Modification, Operator, StandInSpec, is_inside
 from .profiling import run
 from .replacements import stand_in_cost
-from .scores import CRITERIA, OperatorScore, OperatorScores, RowFile, check_criterion
+from .scores import LATENT_SHIFT, MEASURED_ALONE, OperatorScore, OperatorScores, RowFile, check_criterion
 from .surgery import applied, architecture_of, refuse_wrapped, weights_of
+from .trajectory import calibration_set, output_tensor
+
+Measure = Callable[[Operator, StandInSpec], dict[str, Any]]
 
 
 def latent_distances(original: torch.Tensor, modified: torch.Tensor) -> tuple[float, float]:
@@ -96,14 +105,7 @@ class DecodedSets(LatentSets):
 
     def of_job(self, i: int) -> torch.Tensor:
         output = run(self.model, self.calls[i])
-        sample = (
-            output[0]
-            if isinstance(output, (tuple, list))
-            else output
-            if isinstance(output, torch.Tensor)
-            else output.sample
-        )
-        return sample.detach().to("cpu", torch.float32)
+        return output_tensor(output).detach().to("cpu", torch.float32)
 
 
 def output_sets(
@@ -160,6 +162,7 @@ def score_operators(
     standins: str = "all",
     seed: int = 0,
     batch_size: int = 8,
+    calibration: int = 64,
     given: Iterable[Modification] = (),
     resume_from: Any = None,
     **call_kwargs: Any,
@@ -176,14 +179,17 @@ def score_operators(
             prompts, or dicts of call arguments.
         num_inference_steps: denoising steps; default: the pipeline's own.
         seeds: latents per condition. With 1 and `pooled=False` the standard deviations are 0.
-        criterion: formula used for ranking: "latent-shift" (avg_dist + std_dist), "-product", "-mean" or "-std". All four
-            are kept in the result; change it later with `scores.with_criterion`.
+        criterion: what to rank by: "latent-shift" (avg_dist + std_dist), "-product", "-mean" or "-std": all four are kept in
+            the result, change it later with `scores.with_criterion`. Or "output-error" (LAPTOP-Diff), "block-influence",
+            "taylor", "magnitude" or "random" (see `criteria`), each measured alone.
         pooled: compare all latents as one set, instead of one set per condition summed up.
         component: which model to score; default: the one that denoises.
         include, exclude, kinds: restrict the operators, as in `find_operators`.
         standins: "all" or "paper", as in `find_operators`.
         seed: the first seed.
         batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside).
+        calibration: how many inputs of the denoiser (a latent at a step) output-error, block-influence and taylor look at;
+            they are spread over conditions and steps of the original runs.
         given: modifications that are in place while each operator is scored; the distances are those of all together from
             the unmodified model. Operators at or inside them are left out; one around some of them takes their place.
         resume_from: path of a file that the rows are written to one by one. If it exists, only what is missing is measured.
@@ -203,8 +209,9 @@ def score_operators(
     check_criterion(criterion)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise ValueError(f"seeds: got {seeds!r}, expected how many latents to make per condition, 1 or more")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size!r}, expected 1 or more")
+    for name, value in (("batch_size", batch_size), ("calibration", calibration)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: got {value!r}, expected 1 or more")
     quiet = bool(getattr(pipe, "_progress_bar_config", {}).get("disable", False))
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
@@ -224,6 +231,7 @@ def score_operators(
             "dtype": str(getattr(model, "dtype", "")),
             "device": str(getattr(model, "device", "")),
             **({"given": {m.path: m.stand_in.name for m in given}} if given else {}),
+            **({"measured": criterion, "calibration": calibration} if criterion in MEASURED_ALONE else {}),
         }
         scores = OperatorScores(
             (), architecture_of(model), weights_of(model), type(model).__name__, component, settings, criterion
@@ -239,71 +247,112 @@ def score_operators(
             raise ValueError(
                 f"none of {len(operators)} selected modules can be replaced; see find_operators for the reasons"
             )
-        sets = output_sets(pipe, component, conditions, settings["seeds"], batch_size, pooled)
-        measured = _measure(model, todo, sets, rows, quiet, given)
-    return OperatorScores(
-        tuple(measured), **{k: getattr(scores, k) for k in scores.__dataclass_fields__ if k != "rows"}
-    )
+        run_of = {"conditions": conditions, "seeds": settings["seeds"], "batch_size": batch_size}
+
+        def start() -> Measure:
+            if criterion in LATENT_SHIFT:
+                return _latent_shift(model, output_sets(pipe, component, **run_of, pooled=pooled), given)
+            return _measured_alone(pipe, component, criterion, free, given, run_of, calibration, seed)
+
+        measured = _measure(todo, start, rows, quiet)
+    return replace(scores, rows=tuple(measured))
+
+
+def _others(given: Sequence[Modification], operator: Operator) -> list[Modification]:
+    """The given modifications that stay in place while the operator is replaced."""
+    return [m for m in given if not is_inside(m.path, operator.path)]
+
+
+def _latent_shift(model: nn.Module, sets: LatentSets, given: Sequence[Modification]) -> Measure:
+    originals = sets.collect()
+
+    def measure(operator: Operator, spec: StandInSpec) -> dict[str, Any]:
+        with applied(model, [*_others(given, operator), _modification(operator, spec)]):
+            modified = sets.collect()
+        pairs = [latent_distances(a, b) for a, b in zip(originals, modified, strict=True)]
+        return {"avg_dist": tuple(p[0] for p in pairs), "std_dist": tuple(p[1] for p in pairs)}
+
+    return measure
+
+
+def _measured_alone(
+    pipe: Any,
+    component: str,
+    criterion: str,
+    operators: Sequence[Operator],
+    given: Sequence[Modification],
+    run_of: dict[str, Any],
+    calibration: int,
+    seed: int,
+) -> Measure:
+    """The measurement of a criterion that is none of the latent-shift ones."""
+    model: nn.Module = getattr(pipe, component)
+    operators = [o for o in operators if o.is_candidate]
+    if criterion in ("magnitude", "random"):
+        values = magnitude(model, operators) if criterion == "magnitude" else random_scores(operators, seed)
+    else:
+        moments = calibration_set(pipe, component, **run_of, size=calibration)
+        if criterion == "output-error":
+
+            def measure(operator: Operator, spec: StandInSpec) -> dict[str, Any]:
+                modifications = [*_others(given, operator), _modification(operator, spec)]
+                return {"output_error": output_error(model, moments, modifications)}
+
+            return measure
+        with applied(model, given):
+            values = (taylor if criterion == "taylor" else block_influence)(model, moments, operators)
+    return lambda operator, _: {MEASURED_ALONE[criterion]: values[operator.path]}
 
 
 def _measure(
-    model: nn.Module,
-    todo: Sequence[tuple[Operator, StandInSpec]],
-    latents: LatentSets,
-    rows: RowFile,
-    quiet: bool,
-    given: Sequence[Modification],
+    todo: Sequence[tuple[Operator, StandInSpec]], start: Callable[[], Measure], rows: RowFile, quiet: bool
 ) -> list[OperatorScore]:
-    """One row per (operator, stand-in), from the file where it has one."""
+    """One row per (operator, stand-in), from the file where it has one; `start` is called if any is missing."""
     missing = [(o, s) for o, s in todo if (o.path, s.name) not in rows.found]
-    originals: list[torch.Tensor] = []
-    with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="scoring", unit="op", disable=quiet) as bar:
-        if missing:
-            originals = latents.collect()
-        found = dict(rows.found)
-        for operator, spec in missing:
-            bar.set_postfix_str(operator.path[-40:], refresh=False)
-            others = [m for m in given if not is_inside(m.path, operator.path)]
-            row = _measure_one(model, operator, spec, latents, originals, others)
-            rows.append(row)
-            found[row.key] = row
-            bar.update()
+    found = dict(rows.found)
+    if missing:
+        measure = start()
+        with tqdm(total=len(todo), initial=len(found), desc="scoring", unit="op", disable=quiet) as bar:
+            for operator, spec in missing:
+                bar.set_postfix_str(operator.path[-40:], refresh=False)
+                row = _measure_one(operator, spec, measure)
+                rows.append(row)
+                found[row.key] = row
+                bar.update()
     rows.end()
     return [found[o.path, s.name] for o, s in todo]
 
 
-def _measure_one(
-    model: nn.Module,
-    operator: Operator,
-    spec: StandInSpec,
-    latents: LatentSets,
-    originals: Sequence[torch.Tensor],
-    others: Sequence[Modification],
-) -> OperatorScore:
+def _measure_one(operator: Operator, spec: StandInSpec, measure: Measure) -> OperatorScore:
     start = time.perf_counter()
-    avg: list[float] = []
-    std: list[float] = []
+    values: dict[str, Any] = {}
     error = None
     try:
-        with applied(model, [*others, _modification(operator, spec)]):
-            modified = latents.collect()
-        pairs = [latent_distances(a, b) for a, b in zip(originals, modified, strict=True)]
-        avg, std = [p[0] for p in pairs], [p[1] for p in pairs]
+        values = measure(operator, spec)
     except torch.OutOfMemoryError:
         raise
     except Exception as reason:  # a broken modification is a finding about the operator; the run goes on
         error = f"{type(reason).__name__}: {reason}"[:300]
     params_removed, macs_removed = _costs(operator, spec)
     return OperatorScore(
-        path=operator.path, kind=operator.kind, stand_in=spec, avg_dist=tuple(avg), std_dist=tuple(std),
+        path=operator.path, kind=operator.kind, stand_in=spec, **values,
         params_removed=params_removed, macs_removed=macs_removed, latency_share=operator.latency_share,
         seconds=round(time.perf_counter() - start, 3), error=error,
     )  # fmt: skip
 
 
-def measure_damage(
+def check_joint(criterion: str) -> None:
+    """Raise ValueError for a criterion that measures single operators only."""
+    joint = [*LATENT_SHIFT, "output-error"]
+    if check_criterion(criterion) not in joint:
+        raise ValueError(
+            f"criterion: got {criterion!r}; what several removals do together is measured by one of {joint}"
+        )
+
+
+@contextmanager
+def damage_meter(
     pipe: Any,
-    modifications: Iterable[Modification],
     conditions: Any = None,
     *,
     num_inference_steps: int | None = None,
@@ -313,27 +362,50 @@ def measure_damage(
     component: str | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    calibration: int = 64,
     **call_kwargs: Any,
-) -> float:
-    """What several modifications do together: the score of `score_operators` for all of them at once.
-
-    Args:
-        modifications: a `PruningPlan`, or modifications that do not lie inside each other, of the pipeline as it is.
-        Others: as for `score_operators`.
-
-    Returns:
-        The damage, in units of the criterion; infinite where the outputs of the modified pipeline are not finite.
-    """
-    combine = CRITERIA[check_criterion(criterion)]
+) -> Iterator[Callable[[Iterable[Modification]], float]]:
+    """Inside, a function that measures what several modifications do together; see `measure_damage` for the arguments."""
+    check_joint(criterion)
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
     with preserved(pipe):
         component = find_denoiser(pipe, component, **conditions[0])
-        sets = output_sets(pipe, component, conditions, range(seed, seed + seeds), batch_size, pooled)
-        originals = sets.collect()
-        with applied(getattr(pipe, component), modifications):
+        model: nn.Module = getattr(pipe, component)
+        run_of = {"conditions": conditions, "seeds": range(seed, seed + seeds), "batch_size": batch_size}
+        if criterion == "output-error":
+            moments = calibration_set(pipe, component, **run_of, size=calibration)
+        else:
+            sets = output_sets(pipe, component, **run_of, pooled=pooled)
+            originals = sets.collect()
+
+        def measure(modifications: Iterable[Modification]) -> float:
             try:
-                modified = sets.collect()
+                if criterion == "output-error":
+                    return output_error(model, moments, modifications)
+                with applied(model, modifications):
+                    modified = sets.collect()
             except FloatingPointError:
                 return math.inf
-    return math.fsum(combine(*latent_distances(a, b)) for a, b in zip(originals, modified, strict=True))
+            combine = LATENT_SHIFT[criterion]
+            return math.fsum(combine(*latent_distances(a, b)) for a, b in zip(originals, modified, strict=True))
+
+        yield measure
+
+
+def measure_damage(pipe: Any, modifications: Iterable[Modification], conditions: Any = None, **how: Any) -> float:
+    """What several modifications do together: the score of `score_operators` for all of them at once.
+
+    Args:
+        modifications: a `PruningPlan`, or modifications that do not lie inside each other, of the pipeline as it is.
+        conditions, how: as for `score_operators` (num_inference_steps, seeds, criterion, pooled, component, seed, batch_size,
+            calibration, arguments of the pipeline's call). The criterion is a latent-shift one or "output-error".
+
+    Returns:
+        The damage, in units of the criterion; infinite where the outputs of the modified pipeline are not finite.
+
+    Raises:
+        ValueError: a criterion that measures single operators only, or unsuitable conditions.
+    """
+    with damage_meter(pipe, conditions, **how) as measure:
+        return measure(modifications)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
 
@@ -64,7 +65,7 @@ def top_k(
     limits = [(set(innermost([row.path for row in rows])), k), (everything, reachable or k)]
     reach = [len(leaves) for leaves, _ in limits]
     chosen: dict[str, OperatorScore] = {}
-    for row in rows:
+    for row in ranked:
         if len(chosen) == k:
             break
         if any(is_inside(row.path, path) for path in chosen):
@@ -276,5 +277,30 @@ def ratio(
     return [rows[i] for i in chosen.values()] if start else _in_order(scores, [rows[i] for i in chosen.values()])
 
 
-METHODS = {"knapsack": knapsack, "ratio": ratio}
+def least_important(
+    scores: OperatorScores, unit: str, target: float, criterion: str | None = None
+) -> list[OperatorScore]:
+    """The `top_k` that saves at least `target`, with no larger k than it takes: LD-Pruner's choice, whatever each one saves.
+
+    Arguments, result and ValueError as for `knapsack`.
+    """
+    rows, savings, _ = _usable(scores, unit, criterion)
+    _check_target(unit, target, _largest(rows, savings))
+    limit = len(innermost([row.path for row in scores.ranked(criterion) if row.error is None]))
+
+    def saved(k: int) -> float:
+        return math.fsum(SAVINGS[unit](row) for row in top_k(scores, k, criterion))
+
+    k = bisect.bisect_left(range(1, limit + 1), target, key=saved) + 1
+    while k <= limit and saved(k) < target:  # one operator more may save less, where a block no longer counts as one
+        k += 1
+    if k > limit:
+        raise ValueError(
+            f"budget: {_amount(unit, target)} cannot be saved by the least important operators one by one; the largest saving "
+            f"with all {limit} is {_amount(unit, saved(limit))}. Ask for less, or use method='knapsack'"
+        )
+    return top_k(scores, k, criterion)
+
+
+METHODS = {"knapsack": knapsack, "ratio": ratio, "top-k": least_important}
 """How a budget is met in one go."""

@@ -33,7 +33,7 @@ def macs_of(pipe) -> int:
         ]
 
 
-@pytest.mark.parametrize("method", ["knapsack", "ratio"])
+@pytest.mark.parametrize("method", ["knapsack", "ratio", "top-k"])
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
 def test_params_are_met_exactly(scores, method, share):
     pipe = emoji()
@@ -142,11 +142,11 @@ def test_fit_lowers_the_damage_of_the_same_budget(scores):
         ((), {"macs": True}, "macs: got True"),
         (
             (),
-            {"params": 0.3, "method": "top-k"},
-            r"got 'top-k', expected one of \['knapsack', 'ratio', 'rounds'\] for params=",
+            {"params": 0.3, "method": "best"},
+            r"got 'best', expected one of \['knapsack', 'ratio', 'top-k', 'rounds'\] for params=",
         ),
         ((3,), {"method": "rounds", "rounds": 1}, "rounds: got 1, expected"),
-        ((3,), {"method": "rounds"}, "'rounds' scores anew in each round; leave the scores out"),
+        ((3,), {"method": "rounds"}, "'rounds' scores anew in each round; leave them out"),
         ((3,), {"method": "knapsack"}, r"expected one of \['top-k', 'rounds'\] for a number of operators"),
         (("bk-sdm-base",), {"params": 0.3}, "cannot go together with a plan or preset"),
         (("bk-sdm-base",), {"fit": True}, "cannot go together"),

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ld_pruner_hf import OperatorScores, PruningPlan, cli, plan_of
+from ld_pruner_hf import OperatorScores, PruningPlan, cli, plan_of, reporting
 from ld_pruner_hf.demo import job, load
 from ld_pruner_hf.latents import final_latents, preserved
 from ld_pruner_hf.loading import load_pipeline
@@ -303,7 +303,7 @@ def test_usage_errors_are_one_line(capsys):
     assert "NAME=VALUE" in error_of(capsys, "profile", "demo:emoji", "--call", "height")
 
 
-@pytest.mark.parametrize("command", [[], ["score"], ["prune"], ["profile"], ["demo"], ["show"]])
+@pytest.mark.parametrize("command", [[], ["score"], ["prune"], ["profile"], ["demo"], ["show"], ["app"]])
 def test_help_names_the_options(command, capsys):
     code, out, _ = run(capsys, *command, "--help")
     assert (
@@ -390,7 +390,7 @@ def test_demo_measures_what_it_prunes(demo_folder):
 def test_demo_pictures_are_those_of_the_pruned_pipelines(demo_folder):
     folder, result = demo_folder
     pruned = DiffusionPipeline.from_pretrained(folder / "pruned")
-    pictures = job.draw(pruned, result.settings)
+    pictures = reporting.draw(pruned, job.picture_options(pruned, result.settings), job.PROMPTS["emoji"], 2)
     shown = result.pictures["latent-shift"]
     assert [p.tobytes() for p in pictures] == [p.tobytes() for p in shown["k = 2"]]
     assert [p.tobytes() for p in pictures] != [p.tobytes() for p in shown["original"]]

@@ -12,21 +12,25 @@ import ld_pruner_hf
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ld_pruner_hf"
 LEVELS = {
-    "plan": 0, "demo": 0,
-    "scores": 1, "replacements": 1, "latents": 1, "loading": 1,
-    "surgery": 2, "selection": 2,
+    "plan": 0, "demo": 0, "evaluation.nets": 0, "evaluation.samples": 0,
+    "scores": 1, "replacements": 1, "latents": 1, "loading": 1, "evaluation.results": 1, "evaluation.extractors": 1,
+    "surgery": 2, "selection": 2, "evaluation.metrics": 2,
     "profiling": 3, "modeling": 3,
-    "operators": 4, "stock": 4, "fitting": 4,
-    "scoring": 5, "presets": 5, "features": 5, "distillation": 5,
-    "planning": 6, "report": 6,
-    "pipeline": 7,
-    "demo.job": 8,
-    "cli.common": 9,
-    "cli.output": 10,
-    "cli.demo": 11, "cli.profile": 11, "cli.prune": 11, "cli.score": 11, "cli.show": 11,
-    "cli": 12,
-    "__init__": 13, "__main__": 13,
+    "operators": 4, "stock": 4, "fitting": 4, "trajectory": 4, "measurements": 4, "remote_code": 4,
+    "evaluation.generation": 4, "evaluation.speed": 4,
+    "criteria": 5, "presets": 5, "features": 5, "distillation": 5, "evaluation.run": 5,
+    "scoring": 6, "evaluation": 6,
+    "additivity": 7, "planning": 7, "report": 7,
+    "pipeline": 8, "cards": 8,
+    "benchmark": 9, "sweep": 9, "hub": 9, "app.config": 9,
+    "curves": 10, "reporting": 10, "app.compare": 10,
+    "demo.job": 11, "app.page": 11,
+    "cli.common": 12, "app": 12,
+    "cli.output": 13, "cli.evaluate": 13,
+    "cli": 15,
+    "__init__": 16, "__main__": 16,
 }  # fmt: skip
+LEVELS |= {f"cli.{path.stem}": 14 for path in (PACKAGE / "cli").glob("[!_]*.py") if f"cli.{path.stem}" not in LEVELS}
 
 
 def name_of(path: Path) -> str:

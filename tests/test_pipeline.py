@@ -9,7 +9,6 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-import ld_pruner_hf
 from ld_pruner_hf import LDPrunerMixin, Modification, PlanError, PruningPlan, make_plan, plan_of, scoring
 from ld_pruner_hf.plan import is_inside
 from ld_pruner_hf.replacements import StandIn
@@ -82,7 +81,7 @@ def test_the_least_important_ones_go(pipe, scores):
 
 def test_criterion_changes_what_is_taken(scores):
     opposed = replace(scores, rows=tuple(replace(r, std_dist=(1 / r.avg_dist[0],)) for r in scores))
-    plans = {c: make_plan(tiny.stable_diffusion(), 10, scores=opposed, criterion=c) for c in ld_pruner_hf.CRITERIA}
+    plans = {c: make_plan(tiny.stable_diffusion(), 10, scores=opposed, criterion=c) for c in scores.criteria}
     assert all(plan.how["criterion"] == c for c, plan in plans.items())
     assert not set(plans["latent-shift-mean"].paths) & set(plans["latent-shift-std"].paths)
 

@@ -112,7 +112,8 @@ def test_top_k_keeps_later_rounds_possible(scores):
     assert len(inside) > 1
     ranked_first = min(cheap, key=lambda r: r.score()).path
     assert {r.path for r in top_k(cheap, 1)} == {ranked_first}
-    assert "mid_block.resnets.0" not in {r.path for r in top_k(cheap, 1, reachable=len(inside))}
+    (kept,) = top_k(cheap, 1, reachable=len(inside))
+    assert kept.path in inside
 
 
 # ---- the decoder -----------------------------------------------------------------------------------------------------

@@ -41,7 +41,43 @@ def scores(*rows: OperatorScore, **changes) -> OperatorScores:
 )
 def test_criteria_are_summed_over_conditions(criterion, expected):
     assert row("a").score(criterion) == expected
-    assert set(CRITERIA) == {"latent-shift", "latent-shift-product", "latent-shift-mean", "latent-shift-std"}
+    assert (
+        criterion in CRITERIA and scores(row("a")).with_criterion(criterion).ranked()[0].score(criterion) == expected
+    )
+
+
+def test_a_criterion_that_was_not_measured_is_refused():
+    latents, alone = scores(row("a"), row("b")), scores(row("a", (), (), magnitude=0.5), criterion="magnitude")
+    assert latents.criteria == CRITERIA[:4] and alone.criteria == ("magnitude",)
+    assert alone.ranked()[0].score("magnitude") == 0.5
+    for wrong, criterion, held in [(latents, "taylor", "latent-shift"), (alone, "latent-shift", "magnitude")]:
+        for use in (wrong.with_criterion, wrong.ranked, wrong.table, wrong.rows[0].score):
+            with pytest.raises(
+                ValueError, match=f"got '{criterion}', these scores hold .*'{held}'.*score with criterion="
+            ):
+                use(criterion)
+    assert alone.table()[0]["magnitude"] == 0.5
+    assert not {"latent-shift", "random"} & set(alone.table()[0])
+
+
+def test_scores_without_the_measurement_in_one_row_do_not_hold_it():
+    mixed = scores(row("a", random=0.25), row("b"), row("c", (), (), error="RuntimeError: no"))
+    assert mixed.criteria == CRITERIA[:4]
+    assert scores(row("a", random=0.25), row("c", (), (), error="no")).criteria == (*CRITERIA[:4], "random")
+
+
+OLD = """{"format": "ld_pruner_hf.scores", "version": 1, "architecture": "a", "weights": "w", "model_class": "UNet", "component": "unet", "settings": {"seeds": [0, 1]}, "criterion": "latent-shift"}
+{"path": "conv_in", "kind": "Conv2d", "stand_in": {"name": "identity", "rules": [{"argument": "x", "position": 0, "rule": "identity"}], "structure": 0}, "avg_dist": [1.0, 2.0], "std_dist": [3.0, 5.0], "params_removed": 3, "macs_removed": 4, "latency_share": 0.5, "seconds": 0.1, "error": null}
+{"end_of_run": true}
+"""
+
+
+def test_files_from_before_there_were_other_criteria_load(tmp_path):
+    (tmp_path / "old.jsonl").write_text(OLD)
+    old = OperatorScores.load(tmp_path / "old.jsonl")
+    assert old.criteria == CRITERIA[:4] and old.rows[0].score() == 11 and old.rows[0].stand_in == IDENTITY
+    old.save(tmp_path / "new.jsonl")
+    assert OperatorScores.load(tmp_path / "new.jsonl") == old
 
 
 def test_unknown_criterion():

@@ -16,10 +16,11 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline
 
-from ld_pruner_hf import CRITERIA, OperatorScores, PlanError, scoring
+from ld_pruner_hf import OperatorScores, PlanError, scoring
 from ld_pruner_hf.latents import make_jobs, preserved
 from ld_pruner_hf.operators import find_operators
 from ld_pruner_hf.replacements import StandIn
+from ld_pruner_hf.scores import LATENT_SHIFT
 from ld_pruner_hf.scoring import LatentSets, latent_distances, score_operators
 
 QUICK = {"num_inference_steps": 2, "include": "mid_block", "kinds": ["Attention", "ResnetBlock2D", "LayerNorm"]}
@@ -35,9 +36,9 @@ def count_measured(monkeypatch) -> list[str]:
     measured: list[str] = []
     original = scoring._measure_one
 
-    def counted(model, operator, *args):
+    def counted(operator, *args):
         measured.append(operator.path)
-        return original(model, operator, *args)
+        return original(operator, *args)
 
     monkeypatch.setattr(scoring, "_measure_one", counted)
     return measured
@@ -81,7 +82,7 @@ def test_an_unmodified_model_scores_exactly_zero(pipe, monkeypatch, pooled):
     scores = score_operators(pipe, tiny.PROMPTS, pooled=pooled, batch_size=4, **QUICK)
     assert len(scores) == len(before)
     assert {(r.avg_dist, r.std_dist) for r in scores} == {((0.0,) * (1 if pooled else 3),) * 2}
-    assert {r.score(criterion) for r in scores for criterion in CRITERIA} == {0.0}
+    assert {r.score(criterion) for r in scores for criterion in LATENT_SHIFT} == {0.0}
 
 
 def test_an_identity_stand_in_for_what_does_nothing_scores_zero(pipe):

@@ -11,7 +11,7 @@ from test_scores import row, scores
 
 from ld_pruner_hf import top_k
 from ld_pruner_hf.plan import is_inside
-from ld_pruner_hf.selection import check_k, innermost
+from ld_pruner_hf.selection import check_k, innermost, least_important
 
 
 def table(**values: float):
@@ -96,3 +96,32 @@ def test_no_operator_is_taken_while_k_less_important_ones_are_there(data):
         if not any(is_inside(a, b) for a in paths for b in paths)
     ]
     assert len(chosen) == k and max(values[r.path] for r in chosen) == min(possible)
+
+
+def saving(path: str, score: float, params: int):
+    return row(path, (score,), (0.0,), params_removed=params)
+
+
+def test_a_budget_is_met_by_the_least_important_operators():
+    s = scores(saving("a", 1, 10), saving("b", 2, 1), saving("c", 3, 30), saving("d", 4, 50))
+    assert paths(least_important(s, "params", 10)) == ["a"]
+    assert paths(least_important(s, "params", 12)) == ["a", "b", "c"], "b saves little and goes first all the same"
+    with pytest.raises(ValueError, match="largest reachable saving is 91 params"):
+        least_important(s, "params", 92)
+
+
+def test_a_budget_that_only_a_block_reaches():
+    s = scores(saving("x", 1, 100), saving("x.a", 5, 1), saving("x.b", 6, 1), saving("y", 2, 3))
+    assert paths(least_important(s, "params", 90)) == ["x"]
+    s = scores(saving("x", 9, 100), saving("x.a", 1, 1), saving("x.b", 2, 1))
+    with pytest.raises(
+        ValueError, match=r"50 params cannot be saved by the least important operators.*with all 2 is 2 params"
+    ):
+        least_important(s, "params", 50)
+
+
+def test_top_k_keeps_as_many_reachable_as_asked():
+    s = table(x=1, x_a=2, x_b=3, y=4)
+    assert paths(top_k(s, 1)) == ["x"]
+    assert paths(top_k(s, 1, reachable=3)) == ["x.a"], "with the block, only two operators could go in all"
+    assert paths(top_k(s, 1, reachable=2)) == ["x"]

@@ -101,7 +101,6 @@ def save_pipeline(args, component, student):
         student.fuse_lora()
         student.unload_lora()
     done = load_pipeline(args.student or args.teacher, args, **{component: student.eval()})
-    done.save_pretrained(args.output_dir, safe_serialization=True)
-    if args.push_to_hub:
-        done.push_to_hub(args.hub_model_id or args.output_dir.name)
+    push = {"push_to_hub": True, "repo_id": args.hub_model_id or args.output_dir.name} if args.push_to_hub else {}
+    done.save_pretrained(str(args.output_dir), safe_serialization=True, **push)
     print(f"saved {args.output_dir}")

@@ -52,6 +52,7 @@ def scoring_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "kinds": args.kinds,
         "standins": args.standins,
         "batch_size": args.batch_size,
+        "calibration": args.calibration,
         **call_arguments(args),
     }
 
@@ -72,6 +73,11 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
         help="a pipeline's folder, a Hub id (org/model), or one that ships: demo:emoji, demo:clothing, demo:digits",
     )
     parser.add_argument("--component", metavar="C", help="which of its models; default: the one that denoises")
+    add_call(parser)
+
+
+def add_call(parser: argparse.ArgumentParser) -> None:
+    """What goes to the pipeline's call, and where it runs."""
     parser.add_argument(
         "--guidance-scale", type=float, metavar="G", help="guidance of the calls; default: the pipeline's own"
     )
@@ -98,9 +104,7 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seeds", type=int, default=2, metavar="N", help="latents per prompt")
     group.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed")
-    group.add_argument(
-        "--criterion", choices=list(CRITERIA), help=f"formula to rank by; default: {next(iter(CRITERIA))}"
-    )
+    group.add_argument("--criterion", choices=CRITERIA, help=f"what to rank by; default: {CRITERIA[0]}")
     group.add_argument("--pooled", action="store_true", help="compare all latents as one set, not one set per prompt")
     group.add_argument(
         "--include", nargs="+", action="extend", metavar="PAT", help='only these operators: "mid_block*" "*.attn1"'
@@ -112,4 +116,8 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--standins", choices=STANDINS, default="all", help="paper: without zeros for residual branches"
     )
+    group.add_argument(
+        "--calibration", type=int, default=64, metavar="N", help="inputs of the denoiser that criteria other than "
+        "latent-shift look at",
+    )  # fmt: skip
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="latents per pipeline call")

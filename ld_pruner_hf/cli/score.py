@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     folder = Path(args.output or slug(args.pipeline) + "-scores")
     how = scoring_arguments(args)
-    criterion = args.criterion or next(iter(CRITERIA))
+    criterion = args.criterion or CRITERIA[0]
     pipe = load_pipeline(args.pipeline, args.dtype, args.device)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"rows go to {folder / ROWS_FILE}; if interrupted, run the same command again to go on", file=sys.stderr)
