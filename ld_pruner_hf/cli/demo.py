@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .. import demo
-from ..demo.job import DemoSettings, run_demo
+from ..demo.job import KS, DemoSettings, run_demo
 from ..loading import pick_device
 
 NAME = "demo"
@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pipeline", choices=demo.names(), default=default.name, help="which shipped pipeline; default: %(default)s"
     )
     parser.add_argument(
-        "--k", type=int, nargs="+", default=list(default.ks), metavar="K", help="how many operators to take out"
+        "--k",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help=f"how many operators to take out; default: {KS[default.name]} for {default.name}",
     )
     parser.add_argument(
         "--num-inference-steps", type=int, default=default.num_inference_steps, metavar="N", help="steps for scoring"
@@ -47,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     settings = DemoSettings(
-        name=args.pipeline, ks=tuple(dict.fromkeys(args.k)), num_inference_steps=args.num_inference_steps, seeds=args.seeds,
+        name=args.pipeline, ks=tuple(dict.fromkeys(args.k or KS[args.pipeline])), num_inference_steps=args.num_inference_steps, seeds=args.seeds,
         picture_steps=args.picture_steps, include=tuple(args.include or ()),
     )  # fmt: skip
     result = run_demo(args.output, settings, pick_device(args.device))

@@ -27,6 +27,8 @@ from ..selection import check_k
 from . import PROMPTS, load
 
 Pictures = reporting.Samples
+KS = {"emoji": (10, 20, 30, 42, 80, 160), "clothing": (5, 10, 20, 30, 42, 80), "digits": (5, 10, 20, 30, 42, 80)}
+"""How many operators to take out of each: up to about half of its candidates."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class DemoSettings:
     """
 
     name: str = "emoji"
-    ks: tuple[int, ...] = (10, 20, 30, 42, 80, 160)
+    ks: tuple[int, ...] = KS["emoji"]
     score_prompts: int = 3
     seeds: int = 2
     num_inference_steps: int = 3
