@@ -341,10 +341,11 @@ def calling(model: nn.Module, method: str) -> Iterator[None]:
         yield
 
 
-def denoise(
+def run_to_latents(
     pipe: Any, call: Condition, seeds: Sequence[int], stop_after: int | None = None
 ) -> tuple[torch.Tensor, dict[str, RecordedCall], int]:
-    """Run the pipeline up to its first decoding: latents after the last scheduler step, component -> its `decode` call, steps."""
+    """Run the pipeline up to its first decoding: latents as the last scheduler step returns them, component -> its `decode`
+    call, scheduler steps."""
     device = getattr(pipe, "_execution_device", None) or torch.device("cpu")
     generators = [torch.Generator(device="cpu" if device.type == "mps" else device).manual_seed(s) for s in seeds]
     call = dict(call)
@@ -394,6 +395,14 @@ def denoise(
     return latents, decodes, steps
 
 
+def denoise(
+    pipe: Any, call: Condition, seeds: Sequence[int], stop_after: int | None = None
+) -> tuple[torch.Tensor, dict[str, RecordedCall]]:
+    """Run the pipeline up to its first decoding: (latents after the last scheduler step, component -> its `decode` call)."""
+    latents, decodes, _ = run_to_latents(pipe, call, seeds, stop_after)
+    return latents.detach().to("cpu", torch.float32), decodes
+
+
 def final_latents(pipe: Any, call: Condition, seeds: Sequence[int], stop_after: int | None = None) -> torch.Tensor:
     """Run the pipeline and return the latents after the last scheduler step, undecoded: (B, ...) float32 on the CPU.
 
@@ -408,7 +417,7 @@ def final_latents(pipe: Any, call: Condition, seeds: Sequence[int], stop_after: 
     Raises:
         RuntimeError: the call made no scheduler step.
     """
-    return denoise(pipe, call, seeds, stop_after)[0].detach().to("cpu", torch.float32)
+    return denoise(pipe, call, seeds, stop_after)[0]
 
 
 def decoder_call(pipe: Any, component: str, call: Condition, seeds: Sequence[int]) -> RecordedCall:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .latents import Job, RecordedCall, denoise, patched
+from .latents import Job, RecordedCall, patched, run_to_latents
 from .plan import Operator, StandInSpec
 from .profiling import run
 from .replacements import StandIn
@@ -168,7 +168,7 @@ def _differentiable_run(pipe: Any, model: nn.Module, job: Job, steps: int | None
 
     unwrapped = patched(type(pipe), "__call__", inspect.unwrap)  # without its torch.no_grad()
     with unwrapped, patched(model, "forward", recording), torch.enable_grad():
-        latents = denoise(pipe, job.call, job.seeds, steps)[0]
+        latents = run_to_latents(pipe, job.call, job.seeds, steps)[0]
     if not latents.requires_grad:
         raise ValueError(
             f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} cannot be differentiated; use effort='exact'"

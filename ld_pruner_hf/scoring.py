@@ -25,7 +25,6 @@ from .latents import (
     Condition,
     Job,
     decoder_call,
-    denoise,
     encoders_remembered,
     final_latents,
     find_denoiser,
@@ -33,6 +32,7 @@ from .latents import (
     make_jobs,
     preserved,
     record_call,
+    run_to_latents,
     steps_argument,
 )
 from .operators import check_filters, find_operators
@@ -426,7 +426,7 @@ def _one_run(pipe: Any, model: nn.Module, call: Condition, seed: int) -> tuple[i
 
     handle = model.register_forward_hook(count)
     try:
-        steps = denoise(pipe, call, [seed])[2]
+        steps = run_to_latents(pipe, call, [seed])[2]
     finally:
         handle.remove()
     return inputs, steps

@@ -8,7 +8,7 @@ import math
 import pytest
 import tiny
 
-from ld_pruner_hf import measure_additivity, measure_damage, score_operators
+from ld_pruner_hf import cli, measure_additivity, measure_damage, score_operators
 from ld_pruner_hf.additivity import Additivity, JointDamage
 from ld_pruner_hf.plan import Modification, is_inside
 
@@ -62,3 +62,27 @@ def test_numbers_and_table(tmp_path):
     perfect.to_csv(tmp_path / "additivity.csv")
     lines = list(csv.DictReader((tmp_path / "additivity.csv").open()))
     assert len(lines) == 3 and lines[2] == {"size": "2", "predicted": "3.0", "measured": "9.0", "paths": "a b"}
+
+
+def test_the_command_writes_table_and_figure(tmp_path, capsys):
+    how = [
+        "--prompt",
+        "pizza",
+        "--num-inference-steps",
+        "1",
+        "--seeds",
+        "1",
+        "--guidance-scale",
+        "1",
+        "--kinds",
+        "FeedForward",
+    ]
+    assert cli.main(["score", "demo:emoji", "-o", str(tmp_path), *how]) == 0
+    sets = ["--sizes", "2", "3", "--sets", "3", "--among", "1"]
+    options = ["--scores", str(tmp_path / "scores.jsonl"), "-o", str(tmp_path), *sets, *how]
+    assert cli.main(["additivity", "demo:emoji", *options]) == 0
+    out = capsys.readouterr().out
+    assert "rank correlation of predicted and measured latent-shift over all" in out
+    assert (tmp_path / "additivity.txt").read_text() in out
+    assert len((tmp_path / "additivity.csv").read_text().splitlines()) == 7
+    assert (tmp_path / "additivity.png").read_bytes().startswith(b"\x89PNG")

@@ -70,9 +70,16 @@ def slug(pipeline: str) -> str:
 
 def add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "pipeline", metavar="PIPELINE", help="a pipeline's folder, a Hub id (org/model), or demo:emoji"
+        "pipeline",
+        metavar="PIPELINE",
+        help="a pipeline's folder, a Hub id (org/model), or one that ships: demo:emoji, demo:clothing, demo:digits",
     )
     parser.add_argument("--component", metavar="C", help="which of its models; default: the one that denoises")
+    add_call(parser)
+
+
+def add_call(parser: argparse.ArgumentParser) -> None:
+    """What goes to the pipeline's call, and where it runs."""
     parser.add_argument(
         "--guidance-scale", type=float, metavar="G", help="guidance of the calls; default: the pipeline's own"
     )

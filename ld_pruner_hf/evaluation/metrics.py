@@ -83,9 +83,7 @@ def _check_features(a: torch.Tensor, b: torch.Tensor, least: int, what: str, rem
         if not torch.isfinite(side).all():
             raise ValueError(f"{what}: the features are not finite; the extractor cannot take these samples")
     if min(len(a), len(b)) < least:
-        raise ValueError(
-            f"{what}: got {len(a)} and {len(b)} samples, needs at least {least} of each{remedy}"
-        )
+        raise ValueError(f"{what}: got {len(a)} and {len(b)} samples, needs at least {least} of each{remedy}")
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:

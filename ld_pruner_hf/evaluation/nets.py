@@ -37,15 +37,13 @@ class _Block(nn.Module):
 
 
 class SmallNet(nn.Module):
-    """A residual network of 0.7M parameters: (B, C, 64, 64) to stages, features (B, 128) and class logits."""
+    """A residual network of 0.4M parameters: (B, C, 64, 64) to stages, features (B, 128) and class logits."""
 
     def __init__(self, channels_in: int, classes: int) -> None:
         super().__init__()
         widths = (24, 48, 96, FEATURES)
         self.stem = nn.Conv2d(channels_in, widths[0], 3, 1, 1)
-        self.stages = nn.ModuleList(
-            _Block(a, b, 2) for a, b in zip((widths[0], *widths[:-1]), widths, strict=True)
-        )
+        self.stages = nn.ModuleList(_Block(a, b, 2) for a, b in zip((widths[0], *widths[:-1]), widths, strict=True))
         self.head = nn.Linear(FEATURES, classes)
 
     def stage_outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -106,6 +104,9 @@ class LogMel(nn.Module):
     is more than 60 dB below it is -1.
     """
 
+    filters: torch.Tensor
+    window: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         from transformers.audio_utils import mel_filter_bank
@@ -119,9 +120,7 @@ class LogMel(nn.Module):
     def forward(self, waveforms: torch.Tensor) -> torch.Tensor:
         length = FRAMES * HOP - 1
         x = F.pad(waveforms[:, :length], (0, max(0, length - waveforms.shape[1])))
-        spectrum = torch.stft(
-            x, N_FFT, HOP, window=self.window, center=True, pad_mode="constant", return_complex=True
-        )
+        spectrum = torch.stft(x, N_FFT, HOP, window=self.window, center=True, pad_mode="constant", return_complex=True)
         mel = spectrum.abs().pow(2).transpose(1, 2) @ self.filters  # (B, frames, bands)
         decibel = 10 * mel.clamp_min(1e-10).log10()
         decibel = decibel - decibel.amax(dim=(1, 2), keepdim=True)
