@@ -126,7 +126,9 @@ def main():
     prompts = demo.PROMPTS["emoji"][: args.prompts]
     naive, rows = naive_rows(pipe, prompts, args)
     seconds = statistics.fmean(row["cpu_s"] for row in naive.values()) * rows
-    print(f"{platform.machine()}, 1 thread; naive loop: {len(naive)} of {rows} rows measured, {seconds:.0f} CPU s for all")
+    print(
+        f"{platform.machine()}, 1 thread; naive loop: {len(naive)} of {rows} rows measured, {seconds:.0f} CPU s for all"
+    )
     EFFORTS.update({f"1/{n}": n for n in args.spend})
     with open(args.output, "a", newline="") as file:
         writer = None
