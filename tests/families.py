@@ -50,7 +50,9 @@ def wake(pipe: Any) -> None:
     """Give the parameters that start as zeros (gates, last layers) values, or nothing behind them would reach the output."""
     generator = torch.Generator().manual_seed(1)
     for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module) and name.startswith(("unet", "transformer", "prior", "decoder", "control")):
+        if isinstance(part, torch.nn.Module) and name.startswith(
+            ("unet", "transformer", "prior", "decoder", "control")
+        ):
             for p in part.parameters():
                 if not p.detach().any():
                     p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
@@ -271,7 +273,12 @@ def kandinsky_decoder() -> Built:
         up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"], vq_embed_dim=4,
     )  # fmt: skip
     pipe = d.KandinskyV22Pipeline(unet=unet, movq=movq, scheduler=tiny.scheduler())
-    return pipe, {"image_embeds": noise(1, 32), "negative_image_embeds": noise(1, 32, seed=1), "height": 32, "width": 32}
+    return pipe, {
+        "image_embeds": noise(1, 32),
+        "negative_image_embeds": noise(1, 32, seed=1),
+        "height": 32,
+        "width": 32,
+    }
 
 
 @family
@@ -431,9 +438,7 @@ def qwen_image() -> Built:
         base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )  # fmt: skip
-    pipe = d.QwenImagePipeline(
-        scheduler=flow(), vae=vae, text_encoder=None, tokenizer=None, transformer=transformer
-    )
+    pipe = d.QwenImagePipeline(scheduler=flow(), vae=vae, text_encoder=None, tokenizer=None, transformer=transformer)
     call = {"prompt_embeds": noise(1, 7, 16), "prompt_embeds_mask": torch.ones(1, 7, dtype=torch.long)}
     return pipe, {**call, "true_cfg_scale": 1.0, **SIZE}
 
@@ -556,4 +561,3 @@ def stable_audio() -> Built:
         ),
     )  # fmt: skip
     return pipe, embeds(7, 4)
-

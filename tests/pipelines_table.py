@@ -14,7 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,11 @@ def pipeline_classes() -> dict[str, type]:
             continue
         if inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline):
             found[name] = kind
-    return {n: k for n, k in found.items() if k is not diffusers.DiffusionPipeline and not n.startswith(("Auto", "Flax", "Onnx"))}
+    return {
+        n: k
+        for n, k in found.items()
+        if k is not diffusers.DiffusionPipeline and not n.startswith(("Auto", "Flax", "Onnx"))
+    }
 
 
 def takes(kind: Any, components: dict[str, Any]) -> bool:
@@ -206,28 +210,31 @@ def attempt(label: str, build: Callable[[], families.Built], folder: Path, compo
         return Row(label, reason=explain(error))
 
 
-def survey(folder: Path) -> list[Row]:
-    """One row per class that could be built."""
-    rows: list[Row] = []
-    for name in families.FAMILIES:
-        row = attempt(name, lambda name=name: families.make(name), folder / name)
-        rows.append(row)
-        print(row, file=sys.stderr)
-    rows.append(attempt("wan_2_2", lambda: families.make("wan_2_2"), folder / "second", "transformer_2"))
-    done = {row.pipeline for row in rows}
+def family_rows(folder: Path) -> list[Row]:
+    rows = [attempt(name, lambda name=name: families.make(name), folder / name) for name in families.FAMILIES]
+    return [*rows, attempt("WanPipeline", lambda: families.make("wan_2_2"), folder / "second", "transformer_2")]
+
+
+def variant_rows(folder: Path, done: set[str]) -> Iterator[Row]:
+    """One row per class that works, and per class that does not with the components of any family."""
+    failed: dict[str, Row] = {}
     for name in families.FAMILIES:
         for label, build in variants(name, done):
             row = attempt(label, build, folder / label)
-            if row.reason is None or label not in {r.pipeline for r in rows}:
-                rows.append(row)
             if row.reason is None:
                 done.add(label)
-            print(row, file=sys.stderr)
-    worked = {row.pipeline for row in rows if row.reason is None}
-    rows = [row for row in rows if row.reason is None or row.pipeline not in worked]
+                failed.pop(label, None)
+                yield row
+            else:
+                failed.setdefault(label, row)
+    yield from failed.values()
+
+
+def check_reloading(rows: list[Row]) -> list[Row]:
+    """The rows with what is wrong after loading in a fresh process."""
     wrong = reload_in_fresh_process([f for row in rows for f in row.folders])
     for row in rows:
-        row.reason = row.reason or next((wrong[f] for f in row.folders if wrong[f]), None)
+        row.reason = row.reason or next((str(wrong[f]) for f in row.folders if wrong[f]), None)
     return rows
 
 
@@ -249,7 +256,9 @@ def markdown(rows: list[Row]) -> str:
     ]
     for r in sorted(worked, key=lambda r: (r.pipeline, r.component)):
         ks = ", ".join(map(str, r.ks))
-        lines.append(f"| {r.pipeline} | {r.component}: {r.denoiser} | {r.operators} | {r.candidates} | {ks} | {r.blocks} |")
+        lines.append(
+            f"| {r.pipeline} | {r.component}: {r.denoiser} | {r.operators} | {r.candidates} | {ks} | {r.blocks} |"
+        )
     failed = sorted((r for r in rows if r.reason), key=lambda r: r.pipeline)
     if failed:
         lines += ["", "## Tried without success", "", "| Pipeline | Reason |", "|---|---|"]
@@ -260,7 +269,9 @@ def markdown(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/pipelines.md"))
-    parser.add_argument("--reload", action="store_true", help="read folders from stdin and say which give other latents")
+    parser.add_argument(
+        "--reload", action="store_true", help="read folders from stdin and say which give other latents"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
@@ -268,10 +279,12 @@ def main() -> None:
     if options.reload:
         print(json.dumps(reload(json.load(sys.stdin))))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        rows = survey(Path(folder))
-    options.output.write_text(markdown(rows), encoding="utf-8")
-    print(json.dumps([asdict(row) for row in rows]))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = check_reloading(family_rows(folder))
+        options.output.write_text(markdown(rows), encoding="utf-8")
+        rows += check_reloading(list(variant_rows(folder, {row.pipeline for row in rows})))
+        options.output.write_text(markdown(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
