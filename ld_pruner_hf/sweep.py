@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -42,7 +43,11 @@ DEFAULT_KS = (10, 20, 30, 42, 80, 160)
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One k: quality with its uncertainty, what is left of parameters and MACs (shares), and how many times quicker a call is."""
+    """One k: quality with its uncertainty, what is left of parameters and MACs (shares), and how many times quicker a call is.
+
+    Attributes:
+        resamples: the quality of bootstrap resamples, the same samples at every k; empty where the metric has none.
+    """
 
     k: int
     quality: float
@@ -53,6 +58,7 @@ class SweepRow:
     speed_up_low: float
     speed_up_high: float
     n: int
+    resamples: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,14 +100,15 @@ class Sweep:
         data = read_json(path, SWEEP_FORMAT)
         try:
             known = {f.name: data[f.name] for f in fields(cls)}
-            known["rows"] = tuple(SweepRow(**row) for row in known["rows"])
+            known["rows"] = tuple(map(_row, known["rows"]))
             known["cliff"] = None if known["cliff"] is None else tuple(known["cliff"])
             return cls(**known)
         except (KeyError, TypeError) as error:
             raise PlanError(f"{path}: not a complete sweep ({error!r}); run it again") from error
 
     def table(self) -> list[dict[str, Any]]:
-        return [asdict(row) | {"metric": self.metric} for row in self.rows]
+        rows = [asdict(row) | {"metric": self.metric} for row in self.rows]
+        return [{k: v for k, v in row.items() if k != "resamples"} for row in rows]
 
     def __str__(self) -> str:
         lines = [
@@ -118,6 +125,17 @@ class Sweep:
         return "\n".join([*lines, self.reason, f"{self.metric} with {self.extractor}; measured on {self.device}"])
 
 
+def _row(data: dict[str, Any]) -> SweepRow:
+    return SweepRow(**{**data, "resamples": tuple(data.get("resamples", ()))})
+
+
+def _noise(a: SweepRow, b: SweepRow) -> float:
+    """Twice the standard deviation of the difference of two rows: over pairs of resamples where both have them."""
+    if a.resamples and len(a.resamples) == len(b.resamples) and a.n == b.n:
+        return 2 * statistics.stdev(x - y for x, y in zip(a.resamples, b.resamples, strict=True))
+    return 2 * math.hypot(a.uncertainty, b.uncertainty)
+
+
 def _loss(row: SweepRow, original: SweepRow, higher_is_better: bool) -> float:
     """How much worse a row's quality is than the original's, in the metric's units."""
     return (original.quality - row.quality) if higher_is_better else (row.quality - original.quality)
@@ -126,12 +144,12 @@ def _loss(row: SweepRow, original: SweepRow, higher_is_better: bool) -> float:
 def find_cliff(rows: Sequence[SweepRow], higher_is_better: bool = False) -> tuple[int, int] | None:
     """The neighbouring k between which quality falls most steeply per operator taken out.
 
-    Falls of less than twice their uncertainty are none.
+    Falls of less than twice the standard deviation of the difference are none.
     """
     best, steepest = None, 0.0
     for a, b in itertools.pairwise(rows):
         fall = _loss(b, a, higher_is_better)
-        if fall > 2 * math.hypot(a.uncertainty, b.uncertainty) and fall / (b.k - a.k) > steepest:
+        if fall > _noise(a, b) and fall / (b.k - a.k) > steepest:
             best, steepest = (a.k, b.k), fall / (b.k - a.k)
     return best
 
@@ -148,11 +166,10 @@ def recommend(
     allowed = tolerance * abs(original.quality)
     chosen, stopped = original, None
     for row in rows[1:]:
-        noise = 2 * math.hypot(row.uncertainty, original.uncertainty)
         if cliff and row.k > cliff[0]:
             stopped = (row, "it lies behind the cliff")
             break
-        if _loss(row, original, higher_is_better) > max(allowed, noise):
+        if _loss(row, original, higher_is_better) > max(allowed, _noise(row, original)):
             stopped = (row, f"more than {tolerance:.0%} worse")
             break
         chosen = row
@@ -197,23 +214,22 @@ def sweep(
     judge = Judge(settings, kind, (metric,))
     rows_file = _Rows(output / "rows.json", _header(scores, criterion, metric, settings))
     reference = open_reference(settings, kind, output, getattr(pipe, "mel", None))
-    details: Measurement | None = None
-    for k, plan in ((0, None), *plans.items()):
+
+    def measured(k: int, plan: PruningPlan | None) -> Measurement:
         folder = output / f"k{k:04d}"
-        if rows_file.done(k) and details is not None:
-            continue
         _generate(pipe, plan, folder, settings)
-        samples = open_samples(folder, kind).subset(settings.n)
-        details = judge.measure(metric, f"k = {k}", samples, reference)
+        return judge.measure(metric, f"k = {k}", open_samples(folder, kind).subset(settings.n), reference)
+
+    original = measured(0, None)
+    for k, plan in ((0, None), *plans.items()):
         if not rows_file.done(k):
+            found = measured(k, plan) if k else original
+            cost, resamples = _costs(pipe, plan, settings), tuple(found.details.get("bootstrap", ()))
             rows_file.add(
-                SweepRow(
-                    k, details.value, details.uncertainty or 0.0, **_costs(pipe, plan, settings), n=details.n or 0
-                )
+                SweepRow(k, found.value, found.uncertainty or 0.0, **cost, n=found.n or 0, resamples=resamples)
             )
-    assert details is not None
     result = Sweep(
-        pipeline, METRICS[metric].title, details.extractor, details.dataset, METRICS[metric].higher_is_better, tolerance,
+        pipeline, METRICS[metric].title, original.extractor, original.dataset, METRICS[metric].higher_is_better, tolerance,
         tuple(rows_file.rows[k] for k in (0, *plans)), device_text(pick_device(settings.device), settings.dtype),
         settings.command,
     ).judged()  # fmt: skip
@@ -256,7 +272,7 @@ class _Rows:
             differ = [k for k, v in header.items() if data.get("header", {}).get(k) != v]
             if differ:
                 raise PlanError(f"{path}: made with other settings ({', '.join(differ)}); choose another folder")
-            self.rows = {row["k"]: SweepRow(**row) for row in data["rows"]}
+            self.rows = {row["k"]: _row(row) for row in data["rows"]}
 
     def done(self, k: int) -> bool:
         return k in self.rows

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""})
+# Clients of the Hub read its address once, on import, so the place where tests/hub starts one is chosen here.
+os.environ.update({
+    "HF_ENDPOINT": "http://127.0.0.1:" + str((LOOPBACK := socket.create_server(("127.0.0.1", 0))).getsockname()[1]),
+    "HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp(), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "",
+    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+})  # fmt: skip
 
 import diffusers
 import pytest

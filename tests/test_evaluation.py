@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -366,6 +370,25 @@ def test_evaluate_compares_two_pipelines(saved, tmp_path, capsys):
     assert times == [f.stat().st_mtime_ns for f in sorted((tmp_path / "out" / "A").iterdir())]
     again = Evaluation.load(tmp_path / "out" / "evaluation.json")
     assert again.value("B", "FID") == fid.value and len(again.results) == 2
+
+
+def test_processes_share_the_samples(saved, tmp_path):
+    """As under `accelerate launch` on several GPUs; on CPUs, accelerate starts one process, so torchrun does here."""
+    argv = [
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ld_pruner_hf", "evaluate", str(saved[0]),
+        "-o", str(tmp_path), "-n", "24", "--metrics", "is", "--extractor", "shipped", "--num-inference-steps", "1", "--no-costs",
+        "--device", "cpu",
+    ]  # fmt: skip
+    env = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(cli.__file__).parents[2]),
+    }
+    done = subprocess.run([sys.executable, *argv], env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / "A").glob("*.png"))) == 24 and done.stdout.count("written to") == 1
+    assert done.stderr.count("12/12") >= 2  # each drew its half
+    assert Evaluation.load(tmp_path / "evaluation.json").find("A", "IS").n == 24
 
 
 def test_evaluate_sound(tmp_path):

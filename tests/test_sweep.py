@@ -30,6 +30,18 @@ def test_noise_is_no_cliff():
     assert find_cliff([row(0, 10.0, 1.0), row(10, 11.0, 1.0), row(20, 9.5, 1.0)]) is None
 
 
+def test_resamples_of_the_same_samples_are_compared_in_pairs():
+    """What both rows share, good or bad luck with the samples, is no uncertainty of their difference."""
+    luck = [9.0, 11.0, 10.5, 8.5, 12.0]
+    rows = [
+        SweepRow(k, 10.0 + k / 10, 1.5, 1, 1, 1, 1, 1, 50, tuple(x + k / 10 + 0.01 * i for i, x in enumerate(luck)))
+        for k in (0, 10, 20)
+    ]
+    assert find_cliff(rows) is not None
+    assert find_cliff([SweepRow(r.k, r.quality, r.uncertainty, 1, 1, 1, 1, 1, 50) for r in rows]) is None
+    assert recommend(rows, None, 0.15, "FID")[0] == 10
+
+
 def test_a_metric_that_falls_with_quality():
     rows = [row(0, 0.30, 0.001), row(10, 0.299, 0.001), row(20, 0.21, 0.001)]
     assert find_cliff(rows, higher_is_better=True) == (10, 20) and find_cliff(rows) is None

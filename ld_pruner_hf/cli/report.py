@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
     what = "sound" if kind_of(pipe) == "audio" else "picture"
     how = f"One {what} a line, from the same noise in each column. Nothing was trained after pruning."
     labels = prompts or [f"seed {i}" for i in range(n)]
-    content = ReportContent(args.pipeline, scores, plans, samples, labels, how, sweep, evaluations, training)
+    name = Path(args.pipeline).resolve().name if Path(args.pipeline).is_dir() else args.pipeline
+    content = ReportContent(name, scores, plans, samples, labels, how, sweep, evaluations, training)
     page = write_report(args.output or slug(args.pipeline) + "-report", content)
     print(f"written to {page}; figures, grids and tables are beside it")

@@ -92,7 +92,7 @@ def evaluate(
     distances.require_torchmetrics()
     models = dict(zip(LABELS, pipelines, strict=False))
     chosen = check_metrics(settings, two=len(models) == 2)
-    state = PartialState()
+    state = PartialState(cpu=pick_device(settings.device) == "cpu")
     if state.num_processes > 1 and settings.device == "auto":
         settings = replace(settings, device=str(state.device))  # each process has an accelerator of its own
     folders, kinds, mel = {}, set(), None
@@ -212,12 +212,14 @@ def environment() -> dict[str, str]:
 # ---- quality ---------------------------------------------------------------------------------------------------------
 
 
-def bootstrap_spread(distance: Callable[[Tensor], float], features: Tensor) -> float:
-    """Standard deviation of a distance when the generated samples are drawn again, with replacement."""
+def bootstrap(distance: Callable[[Tensor], float], features: Tensor) -> list[float]:
+    """A distance when the generated samples are drawn again with replacement.
+
+    The same samples are drawn for every model, so the values of two models compare pair by pair.
+    """
     generator = torch.Generator().manual_seed(0)
     n = len(features)
-    values = [distance(features[torch.randint(n, (n,), generator=generator)]) for _ in range(BOOTSTRAP_RESAMPLES)]
-    return statistics.stdev(values)
+    return [distance(features[torch.randint(n, (n,), generator=generator)]) for _ in range(BOOTSTRAP_RESAMPLES)]
 
 
 class Judge:
@@ -324,9 +326,11 @@ class Judge:
             "clip-i": distances.mean_cosine, "dino": distances.mean_cosine,
         }[name]  # fmt: skip
         if name in ("fid", "fad") and features.shape[1] <= BOOTSTRAP_FEATURES:
-            spread = bootstrap_spread(lambda x: distance(real, x), features)
-            how = f"standard deviation over {BOOTSTRAP_RESAMPLES} bootstrap resamples of the generated samples"
-            result = replace(result, uncertainty=spread, uncertainty_kind=how)
+            values = bootstrap(lambda x: distance(real, x), features)
+            result = replace(
+                result, uncertainty=statistics.stdev(values), details={"bootstrap": values},
+                uncertainty_kind=f"standard deviation over {BOOTSTRAP_RESAMPLES} bootstrap resamples of the generated samples",
+            )  # fmt: skip
         return replace(result, value=distance(real, features))
 
     def _match_prompts(self, name: str, result: Measurement, samples: Samples, extractor: Any) -> Measurement:
