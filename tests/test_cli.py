@@ -78,6 +78,18 @@ def test_score_does_not_mix_settings(scored, capsys):
     assert (scored / "scores.jsonl").read_bytes() == before
 
 
+def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path, capsys):
+    code, out, _ = run(capsys, "score", "demo:emoji", "-o", tmp_path / "out", *SCORING, "--dry-run")
+    assert code == 0 and "effort exact" in out and "denoiser inputs" in out and out.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_score_tells_its_cost_and_takes_an_effort(tmp_path, capsys):
+    code, _, err = run(capsys, "score", "demo:emoji", "-o", tmp_path, *SCORING, "--effort", "fast")
+    assert code == 0 and "effort fast" in err
+    assert OperatorScores.load(tmp_path / "scores.jsonl").settings["effort"] == "fast"
+
+
 def test_prompts_come_from_a_file(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("cat face\n\n  rocket \n")
     assert run(
