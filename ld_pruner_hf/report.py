@@ -283,6 +283,114 @@ def _stacked_bars(
             axes.text(left, y, f" {left}", va="center", color=look["ink"], fontsize=9)
 
 
+def _line_axes(figure: Any, look: Mapping[str, str], x: str, y: str, at: tuple[int, int, int] = (1, 1, 1)) -> Any:
+    """Axes for curves: no frame, faint grid, labels in the text's colour."""
+    axes = figure.add_subplot(*at)
+    axes.set_facecolor(look["paper"])
+    axes.tick_params(colors=look["ink"], labelsize=10, length=0)
+    axes.spines[:].set_visible(False)
+    axes.grid(color=look["faint"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x, color=look["ink"], fontsize=10)
+    axes.set_ylabel(y, color=look["ink"], fontsize=10)
+    return axes
+
+
+def quality_figure(
+    rows: Sequence[Mapping[str, Any]],
+    metric: str,
+    cliff: tuple[int, int] | None,
+    recommended: int,
+    theme: str = "light",
+) -> Any:
+    """Quality over k, with the cliff shaded and the recommended k marked.
+
+    Args:
+        rows: {"k", "quality", "uncertainty"}, the original (k = 0) first.
+    """
+    look, figure_class = theme_of(theme), require_matplotlib()
+    figure = figure_class(figsize=(FIGURE_WIDTH, 3.4), layout="constrained", facecolor=look["paper"])
+    axes = _line_axes(figure, look, "operators taken out (k)", metric)
+    if cliff:
+        axes.axvspan(*cliff, color=GROUPS["linear, feed-forward"][0], alpha=0.25, linewidth=0, label="cliff")
+    k, quality = [row["k"] for row in rows], [row["quality"] for row in rows]
+    blue = GROUPS["normalisation"][0]
+    axes.errorbar(
+        k,
+        quality,
+        [row["uncertainty"] for row in rows],
+        color=blue,
+        marker="o",
+        markersize=5,
+        linewidth=1.6,
+        capsize=3,
+    )
+    at = k.index(recommended)
+    axes.scatter([k[at]], [quality[at]], s=110, facecolor="none", edgecolor=look["ink"], linewidth=1.8, zorder=4,
+                 label=f"recommended: k = {recommended}")  # fmt: skip
+    axes.legend(frameon=False, fontsize=10, labelcolor=look["ink"])
+    return figure
+
+
+def tradeoff_figure(rows: Sequence[Mapping[str, Any]], metric: str, theme: str = "light") -> Any:
+    """Quality against measured speed-up, a point a k (LD-Pruner, figure 7).
+
+    Args:
+        rows: {"k", "quality", "uncertainty", "speed_up", "speed_up_low", "speed_up_high"}.
+    """
+    look, figure_class = theme_of(theme), require_matplotlib()
+    figure = figure_class(figsize=(FIGURE_WIDTH, 3.4), layout="constrained", facecolor=look["paper"])
+    axes = _line_axes(figure, look, "speed-up of a denoiser call (bars: 99% intervals)", metric)
+    x, y = [row["speed_up"] for row in rows], [row["quality"] for row in rows]
+    low = [row["speed_up"] - row["speed_up_low"] for row in rows]
+    high = [row["speed_up_high"] - row["speed_up"] for row in rows]
+    axes.errorbar(
+        x, y, [row["uncertainty"] for row in rows], [low, high], color=GROUPS["attention"][0], marker="^", markersize=6,
+        linestyle="", elinewidth=1, capsize=2,
+    )  # fmt: skip
+    for row in rows:
+        label = "original" if row["k"] == 0 else f"k = {row['k']}"
+        axes.annotate(
+            label,
+            (row["speed_up"], row["quality"]),
+            xytext=(7, 4),
+            textcoords="offset points",
+            color=look["ink"],
+            fontsize=9,
+        )
+    return figure
+
+
+def training_figure(log: Mapping[str, Sequence[Mapping[str, float]]], theme: str = "light") -> Any:
+    """Loss terms over the steps of a finetuning, one panel a term and one line a run, on logarithmic axes.
+
+    Args:
+        log: name of the run -> rows with "step" and a number for each term; as `training/distill.py` writes log.csv.
+    """
+    look, figure_class = theme_of(theme), require_matplotlib()
+    no_terms = ("step", "lr", "images_per_s", "epoch")
+    terms = [t for t in dict.fromkeys(k for rows in log.values() for row in rows for k in row) if t not in no_terms]
+    terms = [t for t in terms if any(row.get(t, 0) > 0 for rows in log.values() for row in rows)]
+    if not terms:
+        raise ValueError(f"training log: got columns {no_terms} alone, expected at least one loss term above 0")
+    figure = figure_class(
+        figsize=(FIGURE_WIDTH, 0.6 + 2.0 * len(terms)), layout="constrained", facecolor=look["paper"]
+    )
+    styles = [(GROUPS[g][0], s) for g, s in zip(GROUPS, ("-", "--", ":", "-.", "-", "--", ":", "-."), strict=True)]
+    for i, term in enumerate(terms):
+        axes = _line_axes(figure, look, "step" if i == len(terms) - 1 else "", term, (len(terms), 1, i + 1))
+        axes.set_yscale("log")
+        for (name, rows), (colour, line) in zip(log.items(), styles * len(log), strict=False):
+            points = [(row["step"], row[term]) for row in rows if row.get(term, 0) > 0]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), color=colour or look["ink"], linestyle=line, linewidth=1.3, label=name
+                )
+        if i == 0 and len(log) > 1:
+            axes.legend(frameon=False, fontsize=10, labelcolor=look["ink"])
+    return figure
+
+
 def figure_png(figure: Any, dpi: int = 200) -> bytes:
     """The figure as a PNG."""
     out = io.BytesIO()
@@ -332,7 +440,7 @@ def picture_grid(
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 
-def _data_uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
@@ -348,7 +456,7 @@ def figure_html(draw: Callable[[str], Any], alt: str, caption: str = "") -> str:
     Args:
         draw: theme -> figure.
     """
-    light, dark = (_data_uri(figure_png(draw(theme))) for theme in ("light", "dark"))
+    light, dark = (data_uri(figure_png(draw(theme))) for theme in ("light", "dark"))
     text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     return (
         f'<figure class="plot"><picture><source srcset="{dark}" media="(prefers-color-scheme: dark)">'
@@ -364,7 +472,28 @@ def pictures_html(columns: Mapping[str, Sequence[Image.Image]], row_labels: Sequ
         cells.append(f'<span class="label">{html.escape(label)}</span>')
         for name in names:
             alt = html.escape(f"{label}, {name}")
-            cells.append(f'<img src="{_data_uri(_picture_bytes(columns[name][i]))}" alt="{alt}">')
+            cells.append(f'<img src="{data_uri(_picture_bytes(columns[name][i]))}" alt="{alt}">')
+    return f'<div class="pictures" style="--columns:{len(names)}">{"".join(cells)}</div>'
+
+
+def sounds_html(columns: Mapping[str, Sequence[tuple[Image.Image, bytes]]], row_labels: Sequence[str]) -> str:
+    """Spectrograms with a player under each: a column for each model, a line for each sound.
+
+    Args:
+        columns: model -> (spectrogram, wav file) of each line.
+    """
+    names = list(columns)
+    cells = ['<span class="corner"></span>', *(f'<span class="head">{html.escape(name)}</span>' for name in names)]
+    for i, label in enumerate(row_labels):
+        cells.append(f'<span class="label">{html.escape(label)}</span>')
+        for name in names:
+            picture, wav = columns[name][i]
+            alt = html.escape(f"{label}, {name}")
+            sound = "data:audio/wav;base64," + base64.b64encode(wav).decode("ascii")
+            cells.append(
+                f'<span class="sound"><img src="{data_uri(_picture_bytes(picture))}" alt="spectrogram of {alt}">'
+                f'<audio controls preload="none" src="{sound}" aria-label="{alt}"></audio></span>'
+            )
     return f'<div class="pictures" style="--columns:{len(names)}">{"".join(cells)}</div>'
 
 

@@ -1,4 +1,4 @@
-"""ld-pruner: score, prune and profile any diffusers pipeline from the command line; `ld-pruner demo` needs no download.
+"""ld-pruner: score, prune, profile and publish any diffusers pipeline from the command line; `ld-pruner demo` needs no download.
 
 Exit codes: 0 done, 1 a bug or a failure of the machine (with its traceback), 2 something in the command to be put right
 (one line on stderr), 130 interrupted.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -15,9 +16,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..loading import one_line
-from . import additivity, benchmark, demo, profile, prune, score, show
+from . import additivity, app, benchmark, demo, distill, evaluate, profile, prune, publish, report, score, show, sweep
 
-COMMANDS = (score, prune, profile, benchmark, additivity, demo, show)
+COMMANDS = (
+    score, prune, distill, profile, evaluate, sweep, benchmark, additivity, report, publish, app, demo, show,
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     for command in COMMANDS:
-        sub = commands.add_parser(command.NAME, help=command.HELP, description=command.HELP, formatter_class=_Help)
+        options = getattr(command, "PARSER", {})
+        sub = commands.add_parser(
+            command.NAME, help=command.HELP, description=command.HELP, formatter_class=_Help, **options
+        )
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser
@@ -49,6 +55,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Like `parse_args`, but an optional positional argument (`target`) may also come after options."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
+    args.command_line = shlex.join(["ld-pruner", *(sys.argv[1:] if argv is None else argv)])
     if len(rest) == 1 and not rest[0].startswith("-") and getattr(args, "target", "") is None:
         args.target, rest = rest[0], []
     if rest:

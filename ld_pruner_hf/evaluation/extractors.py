@@ -152,7 +152,7 @@ class Clip:
         self.net: Any = CLIPModel.from_pretrained(model_id).eval().to(device)
         self.processor = CLIPImageProcessor.from_pretrained(model_id)
         self.tokenizer = AutoTokenizer.from_pretrained(model_id)
-        self.scale = float(self.net.logit_scale.exp())
+        self.scale = self.net.logit_scale.exp().item()
 
     def __call__(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.embed_images(batch), None
@@ -218,7 +218,7 @@ class Lpips:
 
     kind, sample_rate = "image", None
 
-    def __init__(self, network: str, device: str = "cpu") -> None:
+    def __init__(self, network: Any, device: str = "cpu") -> None:
         try:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
@@ -243,12 +243,13 @@ def make_extractor(spec: str, kind: str = "image", device: str = "cpu") -> Any:
     Raises:
         ValueError: no such name. ImportError, OSError: its packages or weights are not to be had here.
     """
-    if spec == SHIPPED:
-        return ShippedImages(device) if kind == "image" else ShippedAudio(device)
-    if spec == "inception":
-        return Inception(device)
-    family, colon, model_id = spec.partition(":")
-    if family not in _FAMILIES or not model_id:
-        known = [SHIPPED, "inception", *(f"{f}:MODEL" for f in _FAMILIES)]
-        raise ValueError(f"extractor: got {spec!r}, expected one of {known}")
-    return _FAMILIES[family](model_id, device)
+    with torch.random.fork_rng(devices=[]):  # weights are drawn at random before they are loaded
+        if spec == SHIPPED:
+            return ShippedImages(device) if kind == "image" else ShippedAudio(device)
+        if spec == "inception":
+            return Inception(device)
+        family, _, model_id = spec.partition(":")
+        if family not in _FAMILIES or not model_id:
+            known = [SHIPPED, "inception", *(f"{f}:MODEL" for f in _FAMILIES)]
+            raise ValueError(f"extractor: got {spec!r}, expected one of {known}")
+        return _FAMILIES[family](model_id, device)

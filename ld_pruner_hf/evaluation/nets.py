@@ -37,7 +37,7 @@ class _Block(nn.Module):
 
 
 class SmallNet(nn.Module):
-    """A residual network of 0.7M parameters: (B, C, 64, 64) to stages, features (B, 128) and class logits."""
+    """A residual network of 0.4M parameters: (B, C, 64, 64) to stages, features (B, 128) and class logits."""
 
     def __init__(self, channels_in: int, classes: int) -> None:
         super().__init__()
@@ -103,6 +103,9 @@ class LogMel(nn.Module):
     About the first second counts; shorter sound is padded with silence. The loudest band is 1 whatever the volume, and what
     is more than 60 dB below it is -1.
     """
+
+    filters: torch.Tensor
+    window: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from .speed import macs_per_image, peak_memory_of_generation, pipeline_params, s
 AUTO = "auto"
 LABELS = "AB"
 EXTRACTOR_BATCH = 64
+BOOTSTRAP_RESAMPLES = 20
+BOOTSTRAP_FEATURES = 512  # with more, the square roots of the covariances take minutes
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ def evaluate(
     distances.require_torchmetrics()
     models = dict(zip(LABELS, pipelines, strict=False))
     chosen = check_metrics(settings, two=len(models) == 2)
-    state = PartialState()
+    state = PartialState(cpu=pick_device(settings.device) == "cpu")
+    if state.num_processes > 1 and settings.device == "auto":
+        settings = replace(settings, device=str(state.device))  # each process has an accelerator of its own
     folders, kinds, mel = {}, set(), None
     for label, name in models.items():
         if is_sample_folder(name):
@@ -207,6 +212,16 @@ def environment() -> dict[str, str]:
 # ---- quality ---------------------------------------------------------------------------------------------------------
 
 
+def bootstrap(distance: Callable[[Tensor], float], features: Tensor) -> list[float]:
+    """A distance when the generated samples are drawn again with replacement.
+
+    The same samples are drawn for every model, so the values of two models compare pair by pair.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n = len(features)
+    return [distance(features[torch.randint(n, (n,), generator=generator)]) for _ in range(BOOTSTRAP_RESAMPLES)]
+
+
 class Judge:
     """Measures the quality of sets of samples; extractors are loaded and features computed once."""
 
@@ -310,6 +325,12 @@ class Judge:
             "fid": distances.frechet_distance, "fad": distances.frechet_distance, "cmmd": distances.cmmd,
             "clip-i": distances.mean_cosine, "dino": distances.mean_cosine,
         }[name]  # fmt: skip
+        if name in ("fid", "fad") and features.shape[1] <= BOOTSTRAP_FEATURES:
+            values = bootstrap(lambda x: distance(real, x), features)
+            result = replace(
+                result, uncertainty=statistics.stdev(values), details={"bootstrap": values},
+                uncertainty_kind=f"standard deviation over {BOOTSTRAP_RESAMPLES} bootstrap resamples of the generated samples",
+            )  # fmt: skip
         return replace(result, value=distance(real, features))
 
     def _match_prompts(self, name: str, result: Measurement, samples: Samples, extractor: Any) -> Measurement:
@@ -399,8 +420,7 @@ def measure_costs(models: Mapping[str, str], settings: EvaluationSettings) -> li
         with preserved(pipe):
             recorded = record_call(pipe, component, call)
             per_call, conv_linear = (m[""] for m in count_macs(getattr(pipe, component), recorded))
-        counted = {"details": {"component": component}}
-        add(label, "params of the denoiser", count_params(getattr(pipe, component)), **counted)
+        add(label, "params of the denoiser", count_params(getattr(pipe, component)), details={"component": component})
         add(label, "params of the pipeline", pipeline_params(pipe))
         add(label, "MACs per denoiser call and sample", per_call, details={"conv_linear": conv_linear})
         add(label, "MACs per image", macs_per_image(pipe, call), details={"parts": "everything that one call runs"})

@@ -7,6 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,14 @@ def _open_sound(source: Any) -> tuple[int, np.ndarray]:
         raise Unusable("unreadable") from error
 
 
+def _from_bytes(opener: Callable[[Any], Any], data: bytes) -> Any:
+    return opener(io.BytesIO(data))
+
+
+def _in_memory(value: Any) -> Any:
+    return value
+
+
 def _failed(path: Path) -> Any:
     raise Unusable(path.read_text(encoding="utf-8").strip() or "failed")
 
@@ -194,13 +203,13 @@ def open_samples(path: str | os.PathLike, kind: str = "image", resolution: int |
         for file in sorted(f for f in path.rglob("*") if f.is_file()):
             key = str(file.relative_to(path).with_suffix(""))
             if file.suffix.lower() in suffixes:
-                items.append((key, lambda file=file: opener(file)))
+                items.append((key, partial(opener, file)))
             elif file.suffix == FAILED:
-                items.append((key, lambda file=file: _failed(file)))
+                items.append((key, partial(_failed, file)))
         return Samples(str(path), kind, items, resolution)
     if path.suffix == ".parquet" and path.is_file():
         items = [
-            (f"{i:06d}", lambda data=data: opener(io.BytesIO(data)))
+            (f"{i:06d}", partial(_from_bytes, opener, data))
             for i, data in enumerate(parquet_bytes(path, ("image",) if kind == "image" else ("audio",)))
         ]
         return Samples(str(path), kind, items, resolution)
@@ -209,11 +218,9 @@ def open_samples(path: str | os.PathLike, kind: str = "image", resolution: int |
 
 def samples_of(arrays: Iterable[Any], where: str = "arrays", sample_rate: int | None = None) -> Samples:
     """Samples in memory: pictures (arrays (H, W, 3), uint8 or floats in 0 ... 1), or waveforms if `sample_rate` is given."""
-    if sample_rate is None:
-        return Samples(where, "image", [(f"{i:06d}", lambda a=a: a) for i, a in enumerate(arrays)])
-    return Samples(
-        where, "audio", [(f"{i:06d}", lambda a=a: (sample_rate, np.asarray(a))) for i, a in enumerate(arrays)]
-    )
+    values = [array if sample_rate is None else (sample_rate, np.asarray(array)) for array in arrays]
+    items = [(f"{i:06d}", partial(_in_memory, value)) for i, value in enumerate(values)]
+    return Samples(where, "image" if sample_rate is None else "audio", items)
 
 
 def read_parquet(path: str | os.PathLike) -> Any:
@@ -239,16 +246,42 @@ def parquet_bytes(path: Path, columns: Sequence[str]) -> list[bytes]:
     raise ValueError(f"{path}: no column {' or '.join(columns)}; it has {table.schema.names}")
 
 
-def read_prompts(path: str | os.PathLike, column: str = "caption") -> list[str]:
-    """Prompts from a text file (one a line) or from a column of a parquet file."""
-    path = Path(path)
-    if path.suffix == ".parquet":
+def read_prompts(source: str | os.PathLike, column: str = "caption") -> list[str]:
+    """Prompts from a text file (one a line), or from a column of a parquet file or of a data set (ID, ID:SPLIT or a folder).
+
+    Raises:
+        ValueError: no prompt, no such column, no such file or data set. ImportError: `datasets` is not installed.
+    """
+    path = Path(source)
+    if path.suffix == ".parquet" and path.is_file():
         table = read_parquet(path)
-        if column not in table.schema.names:
-            raise ValueError(f"{path}: no column {column!r} with prompts; it has {table.schema.names}")
-        prompts = [str(p) for p in table.column(column).to_pylist() if p]
+        prompts = table.column(column).to_pylist() if column in table.schema.names else None
+        columns = table.schema.names
+    elif path.is_file():
+        prompts, columns = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()], []
     else:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        data = _data_set(str(source))
+        columns = data.column_names
+        prompts = data[column] if column in columns else None
+    if prompts is None:
+        raise ValueError(f"{source}: no column {column!r} with prompts; it has {columns}")
+    prompts = [str(prompt) for prompt in prompts if prompt]
     if not prompts:
-        raise ValueError(f"{path}: has no prompt")
+        raise ValueError(f"{source}: has no prompt")
     return prompts
+
+
+def _data_set(source: str) -> Any:
+    """A data set of the Hub, or of a folder; its split "train" unless the name ends with another one."""
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetNotFoundError
+    except ImportError as error:
+        raise ImportError(
+            f'{source}: no such file; as a data set it needs datasets: pip install "ld_pruner_hf[train]"'
+        ) from error
+    name, _, split = source.partition(":")
+    try:
+        return load_dataset(name, split=split or "train")
+    except (DatasetNotFoundError, OSError, ValueError) as error:
+        raise ValueError(f"{source}: neither a file nor a data set that can be loaded ({error})") from error
