@@ -92,8 +92,9 @@ def straightforward(args, folder, turn):
     stages = [f"{side}_blocks.{i}" for side in ("down", "up") for i in range(4)]
     paths = stages + [f"{stage}.resnets.{i}" for stage in stages for i in range(2)]
     for name, model in (("teacher", teacher), ("student", student)):
-        for path in paths:
-            model.get_submodule(path).register_forward_hook(keep(name, path))
+        for path, module in model.named_modules():
+            if path in paths:
+                module.register_forward_hook(keep(name, path))
     pictures = sorted(folder.glob("*.png"))
     captions = {
         d["file_name"]: d["text"] for d in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())

@@ -361,7 +361,10 @@ def test_recordings_teach_an_audio_pipeline(folder, run, tmp_path):
     for i in range(4):
         soundfile.write(tmp_path / "wav" / f"{i}.wav", np.sin(np.arange(4000) * (0.1 + 0.1 * i)), 8000)
     soundfile.write(tmp_path / "wav" / "short.wav", np.ones(50), 8000)
-    tiny_audio().save_pretrained(folder / "audio")
+    pipe = tiny_audio()
+    pipe.save_pretrained(folder / "audio")
+    pipe.prune(1, num_inference_steps=1, seeds=1, kinds=["Attention"])
+    pipe.save_pretrained(tmp_path / "audio-pruned")
     data = [
         "--train_data_dir",
         tmp_path / "wav",
@@ -372,7 +375,7 @@ def test_recordings_teach_an_audio_pipeline(folder, run, tmp_path):
         "--cache_dir",
         tmp_path,
     ]
-    out = run("--cache_latents", teacher="audio", student=("--plan", "ddpm.json"), data=data)
+    out = run("--cache_latents", teacher="audio", student=("--student", tmp_path / "audio-pruned"), data=data)
     assert len(losses(out)) == 2
     with pytest.raises(ValueError, match="has no `mel`"):
         run(teacher="ddpm", student=("--plan", "ddpm.json"), data=data)
