@@ -28,6 +28,9 @@ GUARD = {
     "quant_method": "ld_pruner_hf (a pruned model: `pip install ld_pruner_hf`, then `import ld_pruner_hf` before loading)"
 }
 
+REMOTE_MODULE = "ld_pruner_hf_code"
+"""Name of the module that `publish --remote-code` puts beside a pruned model's config; `model_index.json` names it."""
+
 
 def plan_of(model: nn.Module) -> PruningPlan | None:
     """The plan that `model` was pruned by, or None for an unpruned model."""
@@ -91,14 +94,21 @@ def _is_guard(value: Any) -> bool:
 
 
 def _wrap_load_config(load_config: Callable[..., Any]) -> Any:
-    """`load_config` that hides our guard from diffusers: with this package present there is nothing to refuse."""
+    """`load_config` that hides our guard from diffusers: with this package present there is nothing to refuse.
+
+    Nor is code from the Hub run where `model_index.json` names the module that `publish --remote-code` ships.
+    """
 
     @functools.wraps(load_config)
     def wrapped(cls: type, *args: Any, **kwargs: Any) -> Any:
         result = load_config(cls, *args, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
-        if isinstance(config, dict) and _is_guard(config.get(GUARD_KEY)):
-            del config[GUARD_KEY]
+        if isinstance(config, dict):
+            if _is_guard(config.get(GUARD_KEY)):
+                del config[GUARD_KEY]
+            for name, value in config.items():
+                if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == REMOTE_MODULE:
+                    config[name] = ["diffusers", value[1]]
         return result
 
     return classmethod(wrapped)

@@ -15,9 +15,10 @@ from torch import nn
 
 from .fitting import fit_stand_ins
 from .latents import find_denoiser, make_conditions, preserved, record_call
+from .loading import load_plan
 from .modeling import plan_of, prune_
 from .operators import recorded, steps_argument_if_any
-from .plan import PruningPlan
+from .plan import PlanError, PruningPlan
 from .planning import LAST_SCORES, SCORING_ONLY, Goal, component_of, first_call, make_plan, score
 from .presets import PRESETS, apply_preset_
 from .profiling import Profile, profile_call
@@ -56,8 +57,8 @@ def prune(
     """Take the least important operators out of the pipeline, in place.
 
     Args:
-        target: how many operators to take out, exactly; or a `PruningPlan`, or the path of one; or the name of a hand-made
-            plan ("bk-sdm-small"; see `ld_pruner_hf.PRESETS`).
+        target: how many operators to take out, exactly; or a `PruningPlan`, the path of one, or a Hub id ("user/plan"); or
+            the name of a hand-made plan ("bk-sdm-small"; see `ld_pruner_hf.PRESETS`).
         params, macs, latency, memory: instead of `target`, the share to take away, at least: 0.3 for 30%. Parameters and MACs
             are exact. Latency is predicted from each operator's share of the time, memory (weights and the peak of the
             activations) from the weights; all four are measured before and after, with a warning where the goal is missed, or
@@ -204,13 +205,15 @@ def _forget_scores(pipe: DiffusionPipeline) -> None:
 
 
 def _load_plan(target: str | os.PathLike) -> PruningPlan:
-    path = Path(target)
-    if not path.is_file():
+    try:
+        return load_plan(target)
+    except PlanError:
+        if Path(target).exists():
+            raise
+        expected = "a whole number of operators, a PruningPlan, the file or Hub id of one"
         raise ValueError(
-            f"target: got {target!r}, expected a whole number of operators, a PruningPlan or the file of one, or the name of a "
-            f"hand-made plan ({', '.join(PRESETS)})"
-        )
-    return PruningPlan.load(path)
+            f"target: got {target!r}, expected {expected}, or the name of a hand-made plan ({', '.join(PRESETS)})"
+        ) from None
 
 
 def profile(

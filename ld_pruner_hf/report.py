@@ -440,7 +440,7 @@ def picture_grid(
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 
-def _data_uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
@@ -456,7 +456,7 @@ def figure_html(draw: Callable[[str], Any], alt: str, caption: str = "") -> str:
     Args:
         draw: theme -> figure.
     """
-    light, dark = (_data_uri(figure_png(draw(theme))) for theme in ("light", "dark"))
+    light, dark = (data_uri(figure_png(draw(theme))) for theme in ("light", "dark"))
     text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     return (
         f'<figure class="plot"><picture><source srcset="{dark}" media="(prefers-color-scheme: dark)">'
@@ -472,7 +472,7 @@ def pictures_html(columns: Mapping[str, Sequence[Image.Image]], row_labels: Sequ
         cells.append(f'<span class="label">{html.escape(label)}</span>')
         for name in names:
             alt = html.escape(f"{label}, {name}")
-            cells.append(f'<img src="{_data_uri(_picture_bytes(columns[name][i]))}" alt="{alt}">')
+            cells.append(f'<img src="{data_uri(_picture_bytes(columns[name][i]))}" alt="{alt}">')
     return f'<div class="pictures" style="--columns:{len(names)}">{"".join(cells)}</div>'
 
 
@@ -491,7 +491,7 @@ def sounds_html(columns: Mapping[str, Sequence[tuple[Image.Image, bytes]]], row_
             alt = html.escape(f"{label}, {name}")
             sound = "data:audio/wav;base64," + base64.b64encode(wav).decode("ascii")
             cells.append(
-                f'<span class="sound"><img src="{_data_uri(_picture_bytes(picture))}" alt="spectrogram of {alt}">'
+                f'<span class="sound"><img src="{data_uri(_picture_bytes(picture))}" alt="spectrogram of {alt}">'
                 f'<audio controls preload="none" src="{sound}" aria-label="{alt}"></audio></span>'
             )
     return f'<div class="pictures" style="--columns:{len(names)}">{"".join(cells)}</div>'

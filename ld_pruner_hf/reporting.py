@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import html
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from .evaluation import Evaluation
 from .evaluation.generation import kind_of, sample_rate_of, wav_bytes
 from .latents import call_parameters, preserved
 from .plan import PruningPlan, write_atomically
-from .profiling import Profile, processor_name
 from .scores import OperatorScores
 from .surgery import applied
 from .sweep import Sweep
@@ -244,15 +242,6 @@ def evaluation_section(evaluation: Evaluation) -> str:
         + "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
         + f'<p class="note">Measured on {html.escape(devices)}.</p>'
         + (f"<pre>{html.escape(commands)}</pre>" if commands else "")
-    )
-
-
-def environment(p: Profile) -> str:
-    """What a profile was measured on."""
-    device = processor_name() if p.device == "cpu" else p.device
-    return (
-        f"{device} ({platform.machine()}, {p.threads} thread{'s' if p.threads != 1 else ''}), {p.dtype}, "
-        f"torch {torch.__version__}, diffusers {diffusers_version}, Python {platform.python_version()}"
     )
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -28,6 +31,8 @@ import distill  # noqa: E402
 import options  # noqa: E402
 
 import ld_pruner_hf  # noqa: E402
+
+SHIPPED = (".py", ".yaml", ".json", ".txt")
 
 FAST = [
     *("--data_free", 8, "--data_free_steps", 2, "--train_batch_size", 2, "--max_train_steps", 2),
@@ -116,9 +121,8 @@ def test_accelerate_launch_makes_a_complete_pipeline(folder, tmp_path):
 def test_two_processes_have_the_loss_of_one_with_twice_the_batch(folder, run, tmp_path):
     flags = ["--feature_loss", "normalised", "--max_train_steps", 4]
     single = losses(run("--train_batch_size", 4, *flags))
-    port = 20000 + os.getpid() % 20000
     launch(
-        ["torch.distributed.run", "--nproc_per_node", 2, "--master_port", port],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", port()],
         *(
             "--teacher",
             folder / "sd",
@@ -140,6 +144,70 @@ def test_two_processes_have_the_loss_of_one_with_twice_the_batch(folder, run, tm
         assert [r[name] for r in accumulated] == expected, name
 
 
+FSDP_ON_THE_CPU = """
+import runpy, sys
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+init = AcceleratorState.__init__
+
+def on_the_cpu(self, *args, fsdp_plugin=None, **kwargs):
+    init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:  # accelerate takes it on accelerators only; torch can do it with gloo
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+AcceleratorState.__init__ = on_the_cpu
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_student_that_fsdp_splits_learns_the_same(folder, run, tmp_path):
+    """Losses, features and averaged weights of two processes with half a model each; their checkpoint resumes on one process."""
+    script, out = tmp_path / "fsdp_on_the_cpu.py", tmp_path / "two"
+    script.write_text(FSDP_ON_THE_CPU)
+    flags = ["--max_train_steps", 3, "--checkpointing_steps", 2, "--use_ema"]
+    single = run("--train_batch_size", 4, *flags)
+    config = ["--config_file", TRAINING / "recipes" / "accelerate" / "fsdp.yaml", "--mixed_precision", "no"]
+    launch(
+        ["accelerate.commands.launch", *config, "--num_processes", 2, "--main_process_port", port(), script],
+        *("--teacher", folder / "sd", "--student", folder / "sd-pruned", *FAST, *flags, "--output_dir", out),
+        ACCELERATE_USE_CPU="true",
+    )
+    assert_same_run(single, out)
+    run("--train_batch_size", 4, *flags, "--resume_from_checkpoint", "checkpoint-2", out=out)
+    assert_same_run(single, out)
+
+
+def assert_same_run(expected, got):
+    for a, b in zip(losses(expected), losses(got), strict=True):
+        for name in ("loss", "task", "output", "feature"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    name = "unet/diffusion_pytorch_model.safetensors"
+    a, b = load_file(expected / name), load_file(got / name)
+    assert a.keys() == b.keys()
+    # Adam divides by gradients that may be all but zero, so that single weights may differ by a step.
+    assert all((a[k] - b[k]).abs().mean() < 1e-4 for k in a)
+
+
+def port():
+    """One that no other test run uses."""
+    return 20000 + os.getpid() % 20000
+
+
+@pytest.mark.parametrize("path", sorted((TRAINING / "recipes" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
+def test_configs_of_accelerate_are_read_as_they_are_meant(path):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    args, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    )
+    assert args.num_processes == 8 and args.mixed_precision == "bf16"
+    assert (args.use_fsdp, args.multi_gpu) == ((True, False) if path.stem == "fsdp" else (False, True))
+    assert path.stem != "fsdp" or str(args.fsdp_version) == "2"
+
+
 def test_processes_that_accelerate_does_not_start_are_an_error(folder, tmp_path):
     process = launch(
         ["accelerate.commands.launch", "--cpu", "--num_processes", "2"],
@@ -147,7 +215,7 @@ def test_processes_that_accelerate_does_not_start_are_an_error(folder, tmp_path)
         wait=False,
     )
     output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "torchrun --nproc_per_node" in output
+    assert process.returncode != 0 and "--multi_gpu --num_processes N" in output
 
 
 # ---- killed and resumed --------------------------------------------------------------------------------------------
@@ -279,6 +347,50 @@ def test_unconditional_pipelines(run, teacher):
     assert losses(out)[0]["feature"] > 0 and (out / "validation" / "step_000002.png").is_file()
 
 
+def test_presets_are_students_by_name(run, tmp_path):
+    with pytest.raises(ValueError, match="preset 'bk-sdm-small' is for U-Nets of Stable Diffusion 1 or 2"):
+        run(student=("--plan", "bk-sdm-small"))
+    pipe = DiffusionPipeline.from_pretrained(run(student=("--plan", "no-mid-block")))
+    assert pipe.unet.mid_block is None and ld_pruner_hf.record_of(pipe.unet).how == "no-mid-block"
+
+
+def test_recordings_teach_an_audio_pipeline(folder, run, tmp_path):
+    """A folder of wav files, straight from the recorder."""
+    soundfile, _ = pytest.importorskip("soundfile"), pytest.importorskip("librosa")
+    (tmp_path / "wav").mkdir()
+    for i in range(4):
+        soundfile.write(tmp_path / "wav" / f"{i}.wav", np.sin(np.arange(4000) * (0.1 + 0.1 * i)), 8000)
+    soundfile.write(tmp_path / "wav" / "short.wav", np.ones(50), 8000)
+    pipe = tiny_audio()
+    pipe.save_pretrained(folder / "audio")
+    pipe.prune(1, num_inference_steps=1, seeds=1, kinds=["Attention"])
+    pipe.save_pretrained(tmp_path / "audio-pruned")
+    data = [
+        "--train_data_dir",
+        tmp_path / "wav",
+        "--train_batch_size",
+        2,
+        "--max_train_steps",
+        2,
+        "--cache_dir",
+        tmp_path,
+    ]
+    out = run("--cache_latents", teacher="audio", student=("--student", tmp_path / "audio-pruned"), data=data)
+    assert len(losses(out)) == 2
+    with pytest.raises(ValueError, match="has no `mel`"):
+        run(teacher="ddpm", student=("--plan", "ddpm.json"), data=data)
+
+
+def tiny_audio():
+    """The U-Net of `tiny.ddpm` with one channel, and spectrograms of its size."""
+    from diffusers import AudioDiffusionPipeline, DDIMScheduler, Mel, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(**{**tiny.UNCONDITIONAL_UNET, "in_channels": 1, "out_channels": 1, "sample_size": (8, 8)})
+    mel = Mel(x_res=8, y_res=8, sample_rate=8000, n_fft=64, hop_length=32)
+    return AudioDiffusionPipeline(vqvae=None, unet=unet, mel=mel, scheduler=DDIMScheduler(num_train_timesteps=100))
+
+
 # ---- recipes -------------------------------------------------------------------------------------------------------
 
 TINY = {  # recipe -> (teacher, plan) that are small and of the same kind
@@ -328,7 +440,7 @@ def test_there_are_recipes_for_each_setting_of_the_papers():
     }
     for path in RECIPES:
         arguments = ["--config", str(path), "--output_dir", "unused"]
-        assert options.make_parser("").parse_args([*options._flags_of(path, options.make_parser("")), *arguments])
+        assert options.make_parser("").parse_args([*options.flags_of(path, options.make_parser("")), *arguments])
 
 
 # ---- called wrongly ------------------------------------------------------------------------------------------------
@@ -401,6 +513,12 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path):
         options.check_writable(tmp_path, needed=10**18)
 
 
+def test_a_hub_that_takes_nothing_is_found_before_the_training(run, monkeypatch):
+    monkeypatch.setattr(distill, "load_pipeline", lambda *_: pytest.fail("a pipeline was loaded"))
+    with pytest.raises(ValueError, match="--push_to_hub: cannot make the repository me/model"):
+        run("--push_to_hub", "--hub_model_id", "me/model")  # the tests run offline
+
+
 def test_students_of_another_teacher_are_refused(folder, run):
     with pytest.raises(ValueError, match="UNet2DModel, the teacher a UNet2DConditionModel"):
         run(student=("--student", "ddpm"))
@@ -414,3 +532,44 @@ def test_wrong_columns_and_taps_are_named(folder, run, tmp_path):
         run("--caption_column", "title", data=data)
     with pytest.raises(ValueError, match=r"no module 'down_blocks\.9'"):
         run("--feature_taps", "down_blocks.9")
+
+
+# ---- ld-pruner distill ---------------------------------------------------------------------------------------------
+
+
+def door(*flags):
+    command = [sys.executable, "-m", "ld_pruner_hf", "distill", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_line_is_a_door_to_the_script(folder, tmp_path):
+    flags = ["--teacher", folder / "sd", "--student", folder / "sd-pruned", *FAST]
+    done = door(*flags, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "out")) == 2
+    wrong = door(*flags)
+    assert wrong.returncode == 2 and "--output_dir is missing" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert "--feature_taps" in door("--help").stdout
+
+
+def test_an_installed_package_has_the_scripts(tmp_path):
+    """As pip installs it: nothing of the source checkout beside the package."""
+    root = TRAINING.parent
+    copied = tmp_path / "source"
+    for name in ("ld_pruner_hf", "training"):
+        shutil.copytree(root / name, copied / name, ignore=shutil.ignore_patterns("__pycache__", "demo"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, copied / name)
+    (copied / "ld_pruner_hf" / "demo").mkdir()
+    (copied / "ld_pruner_hf" / "demo" / "__init__.py").write_text("")
+    build = [
+        sys.executable,
+        "-c",
+        "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])",
+        tmp_path / "wheel",
+    ]
+    subprocess.run(list(map(str, build)), cwd=copied, check=True, capture_output=True, timeout=300)
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    scripts = {f"ld_pruner_hf/training/{p.relative_to(TRAINING)}" for p in TRAINING.rglob("*") if p.suffix in SHIPPED}
+    assert "ld_pruner_hf/training/recipes/distill_emoji.yaml" in scripts and scripts <= names

@@ -21,7 +21,7 @@ pd = pytest.importorskip("pandas")
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from accelerate import Accelerator  # noqa: E402
-from data import DataError, Images, Stream, Table, load_rows, to_pixels  # noqa: E402
+from data import DataError, Images, MelPictures, Stream, Table, load_rows, to_pixels  # noqa: E402
 from inputs import DenoiserInputs, Encoder, check_resolution  # noqa: E402
 from sources import CachedLatents, EncodedImages, build_cache, encode_rows, sample_teacher  # noqa: E402
 
@@ -65,6 +65,7 @@ def arguments(tmp_path):
     def make(**changes):
         defaults = {
             "dataset_name": None, "dataset_config_name": None, "train_data_dir": tmp_path / "data", "image_column": None,
+            "audio_column": None,
             "caption_column": None, "max_train_samples": None, "streaming": False, "shuffle_buffer": 4, "seed": 0,
             "cache_dir": str(tmp_path / "cache"),
         }  # fmt: skip
@@ -169,7 +170,7 @@ def test_data_with_nothing_usable_is_an_error(arguments, write):
         write_tars(arguments.folder)
     images = loaded(arguments())
     if write == "tar":
-        images.image_column = "nothing"
+        images.column = "nothing"
     with pytest.raises(DataError, match="no usable row"):
         images.batch([0])
 
@@ -286,6 +287,64 @@ def test_resolutions_that_the_vae_cannot_take(pipe):
         check_resolution(pipe, 17)
 
 
+# ---- recordings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mel():
+    """Spectrograms of 32 x 16 pixels: 32 x 64 samples, a quarter of a second."""
+    pytest.importorskip("librosa")
+    from diffusers import Mel
+
+    return Mel(x_res=32, y_res=16, sample_rate=8000, n_fft=128, hop_length=64, top_db=60)
+
+
+def tone(seconds, hertz=440.0, rate=8000):
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)
+
+
+def write_recordings(folder):
+    """Usable ones of 0.26 s (another sample rate, two channels) and 1 s; too short, silent, broken."""
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(folder / "a.wav", np.stack([tone(0.26, rate=16000)] * 2, axis=1), 16000)
+    soundfile.write(folder / "b.wav", np.concatenate([tone(0.5), tone(0.5, 1500)]), 8000)
+    soundfile.write(folder / "c.wav", tone(0.05), 8000)
+    soundfile.write(folder / "d.wav", np.zeros(4000), 8000)
+    (folder / "e.wav").write_bytes(b"RIFF and no more")
+
+
+def test_recordings_become_the_pipelines_own_spectrograms(arguments, mel):
+    write_recordings(arguments.folder)
+    rows, column, caption = load_rows(arguments(), needs_caption=False)
+    assert (len(rows.rows), column, caption) == (5, "audio", None)
+    images = Images(rows, column, None, resolution=16, channels=1, center_crop=True, open_cell=MelPictures(mel))
+    assert images.batch(range(10))[0].shape == (10, 1, 16, 16)
+    assert set(images.skipped) == {"short audio", "silent audio", "broken audio"}
+    mel.load_audio(str(arguments.folder / "a.wav"))
+    ours = np.asarray(MelPictures(mel)(str(arguments.folder / "a.wav"), "L"), dtype=float)
+    assert np.abs(ours - np.asarray(mel.audio_slice_to_image(0), dtype=float)).mean() < 2  # of 255; resampled twice
+
+
+def test_slices_of_a_long_recording_are_drawn(arguments, mel):
+    write_recordings(arguments.folder)
+    read = MelPictures(mel)
+    slices = {
+        read(str(arguments.folder / "b.wav"), "L", torch.Generator().manual_seed(i)).tobytes() for i in range(20)
+    }
+    assert len(slices) == 3  # 8000 samples hold three of 2047
+
+
+def test_a_column_of_recordings_in_parquet(arguments, mel):
+    write_recordings(arguments.folder)
+    cells = [{"bytes": (arguments.folder / f"{n}.wav").read_bytes(), "path": None} for n in "ab"]
+    for file in arguments.folder.glob("*.wav"):
+        file.unlink()
+    write_parquet(arguments.folder, [{"sound": cell, "image": None} for cell in cells])
+    rows, column, _ = load_rows(arguments(audio_column="sound"), needs_caption=False)
+    images = Images(rows, column, None, resolution=16, channels=1, open_cell=MelPictures(mel))
+    assert images.batch(range(4))[0].shape == (4, 1, 16, 16) and not images.skipped
+
+
 # ---- latents on disk -----------------------------------------------------------------------------------------------
 
 
@@ -297,7 +356,7 @@ def test_cached_latents_are_those_of_the_pictures(arguments, pipe, tmp_path):
     inputs = DenoiserInputs(pipe, "unet", 16)
     encoder = Encoder(pipe, inputs)
     produce = encode_rows(images, encoder, inputs, torch.float32)
-    folder = build_cache(tmp_path / "latents", {"a": 1}, produce, 5, 2, Accelerator(cpu=True), "test")
+    folder = build_cache(tmp_path / "latents", {"a": 1}, produce, range(5), 2, Accelerator(cpu=True), "test")
     source = CachedLatents(folder, seed=0)
     assert len(source.index) == 4 and images.skipped == {"broken images": 1}
     fetched = source.fetch(range(4))
@@ -313,27 +372,51 @@ def test_cached_latents_are_those_of_the_pictures(arguments, pipe, tmp_path):
     assert torch.equal(latents, source.batch(range(4), fetched)[0])
 
 
+def test_tars_are_cached_in_one_pass(arguments, pipe, tmp_path):
+    write_tars(arguments.folder)
+    images, inputs = loaded(arguments(), center_crop=True), DenoiserInputs(pipe, "unet", 16)
+    made, produce = [], encode_rows(images, Encoder(pipe, inputs), inputs, torch.float32)
+
+    def counted(start, rows):
+        made.append(start)
+        return produce(start, rows)
+
+    folders = [
+        build_cache(tmp_path / "latents", {}, counted, images.rows.in_order(), 4, Accelerator(cpu=True), "test")
+        for _ in range(2)
+    ]
+    assert folders[0] == folders[1] and made == [0, 4, 8]
+    source = CachedLatents(folders[0], seed=0)
+    assert len(source.index) == COUNT
+    with torch.no_grad():
+        expected = Encoder(pipe, inputs)(
+            torch.stack([to_pixels(Image.open(io.BytesIO(png(i))).convert("RGB"), 16) for i in range(COUNT)])
+        )[0]
+    torch.testing.assert_close(source.fetch(range(COUNT))["mean"], expected[source._order(0)], rtol=1e-3, atol=1e-4)
+
+
 def test_a_cache_is_kept_by_its_settings(arguments, pipe, tmp_path):
     inputs, made = DenoiserInputs(pipe, "unet"), []
 
-    def produce(numbers):
+    def produce(start, numbers):
         made.append(numbers)
-        return sample_teacher(inputs, ["pizza", "red heart"], 0, 2, 1.0, torch.float32)(numbers)
+        return sample_teacher(inputs, ["pizza", "red heart"], 2, 1.0, torch.float32)(start, numbers)
 
     accelerator = Accelerator(cpu=True)
     folders = [
-        build_cache(tmp_path, settings, produce, 3, 2, accelerator, "test")
+        build_cache(tmp_path, settings, produce, range(3), 2, accelerator, "test")
         for settings in ({"a": 1}, {"a": 1}, {"a": 2})
     ]
     assert folders[0] == folders[1] != folders[2] and made == [[0, 1], [2]] * 2
     (folders[0] / "000000002.safetensors").unlink()  # a run that was broken off
-    build_cache(tmp_path, {"a": 1}, produce, 3, 2, accelerator, "test")
+    (folders[0] / "complete").unlink()
+    build_cache(tmp_path, {"a": 1}, produce, range(3), 2, accelerator, "test")
     assert made[4:] == [[2]]
 
 
 def test_teachers_samples_do_not_depend_on_their_grouping(pipe, tmp_path):
-    produce = sample_teacher(DenoiserInputs(pipe, "unet"), ["pizza", "red heart"], 0, 2, 1.0, torch.float32)
-    together, alone = produce([0, 1, 2]), produce([2])
+    produce = sample_teacher(DenoiserInputs(pipe, "unet"), ["pizza", "red heart"], 2, 1.0, torch.float32)
+    together, alone = produce(0, [0, 1, 2]), produce(2, [2])
     torch.testing.assert_close(together["mean"][2:], alone["mean"], rtol=1e-4, atol=1e-5)
     for a, b in pairwise(together["mean"]):
         assert not torch.allclose(a, b)

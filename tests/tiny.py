@@ -154,6 +154,16 @@ def ldm() -> LDMPipeline:
     return quiet(LDMPipeline(vqvae=autoencoder, unet=unconditional_unet(), scheduler=scheduler()))
 
 
+def audio_diffusion() -> Any:
+    """An `AudioDiffusionPipeline`: sounds of 0.25 s by way of 8x8 mel spectrograms."""
+    from diffusers import AudioDiffusionPipeline, Mel  # imports librosa, which takes seconds
+
+    torch.manual_seed(0)
+    denoiser = UNet2DModel(**{**UNCONDITIONAL_UNET, "in_channels": 1, "out_channels": 1}).eval()
+    mel = Mel(x_res=8, y_res=8, sample_rate=8000, n_fft=512, hop_length=256, n_iter=2)
+    return quiet(AudioDiffusionPipeline(vqvae=None, unet=denoiser, mel=mel, scheduler=scheduler()))
+
+
 def dit() -> DiTPipeline:
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def save_checkpoint(folder, tensors, state):
@@ -57,11 +58,36 @@ def find_checkpoint(output_dir, wanted):
     return folder
 
 
+def resume_point(args, source):
+    """(checkpoint to go on from, its step), or (None, 0); the source of data is set to where it was then."""
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is None:
+        return None, 0
+    state = load_checkpoint(checkpoint)[1]
+    source.restore(state["stream"])
+    return checkpoint, state["step"]
+
+
 def remove_old(output_dir, limit):
     """Keep the newest `limit` checkpoints."""
     if limit is not None:
         for folder in checkpoints_in(output_dir)[:-limit]:
             shutil.rmtree(folder)
+
+
+# ---- tensors that FSDP may have split --------------------------------------------------------------------------------
+
+
+def gathered(tensor):
+    """The whole tensor on the CPU; every process must ask for it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def split_as(value, like):
+    """`value` spread over the processes as `like` is."""
+    if isinstance(like, DTensor) and value.shape == like.shape:
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value.to(like.device)
 
 
 def optimizer_tensors(optimizer, names):
@@ -70,8 +96,10 @@ def optimizer_tensors(optimizer, names):
     for group in optimizer.param_groups:
         for p in group["params"]:
             for key, value in optimizer.state.get(p, {}).items():
-                where = tensors if isinstance(value, torch.Tensor) else plain
-                where[f"optimizer.{names[p]}.{key}"] = value
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{names[p]}.{key}"] = gathered(value)
+                else:
+                    plain[f"optimizer.{names[p]}.{key}"] = value
     return tensors, plain
 
 
@@ -83,7 +111,7 @@ def restore_optimizer(optimizer, names, tensors, plain):
             name, _, key = full.removeprefix("optimizer.").rpartition(".")
             p = by_name[name]
             if isinstance(value, torch.Tensor):
-                value = value.to(p.device) if key != "step" else value
+                value = split_as(value, p) if key != "step" else value
             optimizer.state[p][key] = value
 
 
@@ -113,17 +141,24 @@ class Log:
 
 
 class Progress:
-    """Everything that a checkpoint holds: student, EMA, optimizer, gradient scaler, data position."""
+    """Everything that a checkpoint holds: student, EMA, optimizer, gradient scaler, data position.
+
+    Args:
+        student: the bare model, as `accelerator.prepare` left it.
+    """
 
     def __init__(self, student, optimizer, ema, accelerator):
         self.student, self.optimizer, self.ema, self.accelerator = student, optimizer, ema, accelerator
         self.names = {p: name for name, p in student.named_parameters()}
 
     def save(self, folder, step, stream, samples_a_step):
+        """Every process must call it; the main one writes."""
         tensors, plain = optimizer_tensors(self.optimizer, self.names)
-        tensors |= {f"model.{k}": v for k, v in self.student.state_dict().items()}
+        tensors |= {f"model.{k}": gathered(v) for k, v in self.student.state_dict().items()}
         if self.ema:
-            tensors |= {f"ema.{i}": v for i, v in enumerate(self.ema.shadow_params)}
+            tensors |= {f"ema.{i}": gathered(v) for i, v in enumerate(self.ema.shadow_params)}
+        if not self.accelerator.is_main_process:
+            return
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         save_checkpoint(
             folder,
@@ -140,9 +175,10 @@ class Progress:
                 f"{folder}: was trained with {state['samples_a_step']} samples a step, now it is {samples_a_step}; keep processes x batch size x "
                 "accumulation, or the same samples would not follow"
             )
+        now = self.student.state_dict()
         model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         try:
-            self.student.load_state_dict(model)
+            self.student.load_state_dict({k: split_as(v, now[k]) if k in now else v for k, v in model.items()})
         except RuntimeError as error:
             raise ValueError(f"{folder}: the checkpoint is of another student: {error}") from error
         restore_optimizer(self.optimizer, self.names, tensors, state["optimizer"])
@@ -150,7 +186,7 @@ class Progress:
             if "ema.0" not in tensors:
                 raise ValueError(f"{folder}: was trained without --use_ema; leave it out here too")
             for i, shadow in enumerate(self.ema.shadow_params):
-                shadow.copy_(tensors[f"ema.{i}"])
+                shadow.copy_(split_as(tensors[f"ema.{i}"], shadow))
             self.ema.optimization_step = state["step"]
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -1,13 +1,14 @@
-"""Where training samples come from: images with or without captions, cached latents, or the teacher's own pictures.
+"""Rows of a data set by position, and what they hold: pictures or recordings, with or without captions.
 
 Every sample has a position in one endless, shuffled sequence, and all its random numbers (crop, flip, noise, timestep) are drawn from
 a generator seeded by that position. So a run is the same however its samples are spread over processes and batches,
 and a resumed run goes on exactly.
 
-    parquet / imagefolder / a Hub data set   Table: a permutation a epoch
-    webdataset tars, --streaming             Stream: read in order, shuffled in blocks of --shuffle_buffer rows
+    parquet, folders, a Hub data set   Table: a permutation an epoch
+    webdataset tars, --streaming       Stream: read in order, shuffled in blocks of --shuffle_buffer rows
 """
 
+import copy
 import io
 import itertools
 from collections import Counter
@@ -19,6 +20,9 @@ import torch
 from PIL import Image
 
 IMAGE_COLUMNS = ("image", "png", "jpg", "jpeg", "webp", "img")
+AUDIO_COLUMNS = ("audio", "wav", "flac", "ogg", "mp3")
+AUDIO_SUFFIXES = tuple(f".{kind}" for kind in AUDIO_COLUMNS[1:])
+SHORTEST_AUDIO = 0.25  # of a spectrogram's length; up to a whole one the rest is silence
 CAPTION_COLUMNS = ("text", "caption", "txt", "prompt", "title")
 PURPOSES = ("picture", "latent", "noise", "order")
 
@@ -57,6 +61,13 @@ class Table:
             self._epoch, self._order = epoch, order.tolist()
         order = self._order
         return (self.rows[order[(i + k) % len(order)]] for k in range(len(order)))
+
+    def in_order(self):
+        """Numbers of the rows, which `row` takes."""
+        return range(len(self.rows))
+
+    def row(self, number):
+        return self.rows[number]
 
     def state(self):
         return {}
@@ -112,6 +123,13 @@ class Stream:
         block, order = self._block, self._order  # a later position may move on to the next block
         return (block[order[(i + k) % len(block)]] for k in range(len(block)))
 
+    def in_order(self):
+        """The rows of one pass, unshuffled."""
+        return iter(self.rows)
+
+    def row(self, row):
+        return row
+
     def state(self):
         """Where the current block begins, as JSON."""
         return self._state
@@ -122,24 +140,64 @@ class Stream:
             self._blocks = self._read(state["epoch"], state["rows"])
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- pictures and recordings -----------------------------------------------------------------------------------------
 
 
-def open_picture(cell, mode):
-    """A picture from a data set's cell: encoded bytes, a path, {"bytes", "path"} or a decoded picture."""
+def _encoded(cell, missing):
+    """A path or a binary file, from a data set's cell: encoded bytes, a path or {"bytes", "path"}."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if cell is None:
-        raise Skip("missing images")
+        raise Skip(missing)
+    return io.BytesIO(cell) if isinstance(cell, bytes) else cell
+
+
+def open_picture(cell, mode, generator=None):
+    """A picture from a data set's cell; the cell may also hold one that is decoded."""
+    cell = cell if isinstance(cell, Image.Image) else _encoded(cell, "missing images")
     try:
-        picture = (
-            cell
-            if isinstance(cell, Image.Image)
-            else Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell)
-        )
-        return picture.convert(mode)
+        return (cell if isinstance(cell, Image.Image) else Image.open(cell)).convert(mode)
     except Exception:  # PIL raises a dozen kinds of errors for broken files
         raise Skip("broken images") from None
+
+
+class MelPictures:
+    """Recordings as the mel spectrograms that the pipeline's own `Mel` makes; of a long one a slice is drawn.
+
+    Args:
+        mel: the `mel` component of an `AudioDiffusionPipeline`.
+
+    Raises:
+        DataError: no package to read audio with.
+    """
+
+    def __init__(self, mel):
+        try:
+            import librosa
+            import soundfile
+        except ImportError as error:
+            raise DataError("reading audio needs librosa and soundfile: pip install 'ld_pruner_hf[audio]'") from error
+        self.mel, self._read, self._resample = mel, soundfile.read, librosa.resample
+
+    def __call__(self, cell, mode, generator=None):
+        """One slice, as a picture; `Skip` for recordings that are broken, silent, or much shorter than a slice."""
+        cell = _encoded(cell, "missing audio")
+        try:
+            samples, rate = self._read(cell, dtype="float32", always_2d=True)
+        except (OSError, RuntimeError):  # soundfile's errors are RuntimeErrors
+            raise Skip("broken audio") from None
+        samples = samples.mean(axis=1)
+        mel = copy.copy(self.mel)  # it keeps what it reads, and several threads read
+        if rate != mel.get_sample_rate():
+            samples = self._resample(samples, orig_sr=rate, target_sr=mel.get_sample_rate())
+        if len(samples) < SHORTEST_AUDIO * mel.slice_size:
+            raise Skip("short audio")
+        mel.load_audio(raw_audio=samples)
+        slices = mel.get_number_of_slices()
+        chosen = 0 if generator is None else int(torch.randint(0, slices, (1,), generator=generator))
+        if not np.any(mel.get_audio_slice(chosen)):
+            raise Skip("silent audio")
+        return mel.audio_slice_to_image(chosen).convert(mode)
 
 
 def to_pixels(picture, resolution, center_crop=True, random_flip=False, generator=None):
@@ -165,21 +223,23 @@ class Images:
 
     Args:
         rows: a `Table` or `Stream`.
+        column: of the pictures, or whatever `open_cell` makes pictures of.
         caption_column: None for pipelines that take no caption.
         channels: 1 (spectrograms, grey), 3 or 4.
         workers: threads that decode.
+        open_cell: (cell, mode, generator) -> picture; `MelPictures` for recordings.
     """
 
     def __init__(
-        self, rows, image_column, caption_column, *, resolution, channels=3, center_crop=False, random_flip=False,
-        seed=0, workers=0,
+        self, rows, column, caption_column, *, resolution, channels=3, center_crop=False, random_flip=False,
+        seed=0, workers=0, open_cell=open_picture,
     ):  # fmt: skip
         modes = {1: "L", 3: "RGB", 4: "RGBA"}
         if channels not in modes:
             raise DataError(
                 f"images: the pipeline takes {channels} channels, expected one of {list(modes)}; run it data-free"
             )
-        self.rows, self.image_column, self.caption_column = rows, image_column, caption_column
+        self.rows, self.column, self.caption_column, self.open_cell = rows, column, caption_column, open_cell
         self.resolution, self.mode, self.seed = resolution, modes[channels], seed
         self.center_crop, self.random_flip = center_crop, random_flip
         self.skipped = Counter()
@@ -188,7 +248,7 @@ class Images:
     def read(self, row, generator):
         """(pixels, caption) of one row; `Skip` if it cannot be used."""
         caption = self.caption(row, generator)
-        picture = open_picture(row.get(self.image_column), self.mode)
+        picture = self.open_cell(row.get(self.column), self.mode, generator)
         return to_pixels(picture, self.resolution, self.center_crop, self.random_flip, generator), caption
 
     def caption(self, row, generator):
@@ -242,46 +302,66 @@ def pick_column(columns, wanted, usual, flag, name):
 
 
 def load_rows(args, needs_caption, caption_columns=CAPTION_COLUMNS):
-    """(Table or Stream, image column, caption column or None) from --dataset_name or --train_data_dir."""
+    """(Table or Stream, column, caption column or None) from --dataset_name or --train_data_dir.
+
+    The column is the one of pictures; of recordings with --audio_column or in a folder of them.
+    """
     try:
         import datasets
     except ImportError as error:
         raise DataError("reading data sets needs `datasets`: pip install 'ld_pruner_hf[train]'") from error
     name = args.dataset_name or str(args.train_data_dir)
-    options = {"split": "train", "cache_dir": args.cache_dir}
-    if args.dataset_name:
-        data = datasets.load_dataset(name, args.dataset_config_name, streaming=args.streaming, **options)
-    else:
-        kind, files = _files_of(Path(args.train_data_dir))
-        options |= {"data_dir": str(files)} if kind == "imagefolder" else {"data_files": [str(f) for f in files]}
-        data = datasets.load_dataset(kind, streaming=args.streaming or kind == "webdataset", **options)
+    data = _open_dataset(args, datasets)
     columns = data.column_names or list(next(iter(data), {}))
     if not columns:
         raise DataError(f"{name}: the data set is empty; expected at least one row")
-    image = pick_column(columns, args.image_column, IMAGE_COLUMNS, "--image_column", name)
+    if args.audio_column or (
+        args.image_column is None and not set(columns) & set(IMAGE_COLUMNS) and set(columns) & set(AUDIO_COLUMNS)
+    ):
+        column = pick_column(columns, args.audio_column, AUDIO_COLUMNS, "--audio_column", name)
+    else:
+        column = pick_column(columns, args.image_column, IMAGE_COLUMNS, "--image_column", name)
     caption = None
     if needs_caption:
         caption = pick_column(columns, args.caption_column, caption_columns, "--caption_column", name)
-    data = data.select_columns([c for c in (image, caption) if c])
-    if isinstance((data.features or {}).get(image), datasets.Image):
-        data = data.cast_column(image, datasets.Image(decode=False))  # a broken picture is skipped, not fatal
+    data = data.select_columns([c for c in (column, caption) if c])
+    kind = (data.features or {}).get(column)
+    if isinstance(kind, (datasets.Image, datasets.Audio)):
+        data = data.cast_column(column, type(kind)(decode=False))  # a broken one is skipped, not fatal
     if args.max_train_samples is not None:
         streaming = isinstance(data, datasets.IterableDataset)
         n = args.max_train_samples
         data = data.take(n) if streaming else data.shuffle(seed=args.seed).select(range(min(n, len(data))))
     if isinstance(data, datasets.IterableDataset):
-        return Stream(data, args.seed, args.shuffle_buffer, name), image, caption
-    return Table(data, args.seed, name), image, caption
+        return Stream(data, args.seed, args.shuffle_buffer, name), column, caption
+    return Table(data, args.seed, name), column, caption
 
 
-def _files_of(path):
-    """("webdataset", tars), ("parquet", files) or ("imagefolder", folder)."""
+def _open_dataset(args, datasets):
+    options = {"split": "train", "cache_dir": args.cache_dir}
+    if args.dataset_name:
+        return datasets.load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming, **options)
+    kind, files = files_of(args.train_data_dir)
+    if kind == "audio":  # datasets' own reader of folders needs torchcodec
+        return datasets.Dataset.from_dict({"audio": [str(f) for f in files]})
+    options |= {"data_dir": str(files)} if kind == "imagefolder" else {"data_files": [str(f) for f in files]}
+    return datasets.load_dataset(kind, streaming=args.streaming or kind == "webdataset", **options)
+
+
+def files_of(path):
+    """("webdataset", tars), ("parquet", files), ("audio", recordings) or ("imagefolder", folder)."""
+    path = Path(path)
     if not path.exists():
-        raise DataError(f"--train_data_dir: {path} does not exist; expected a folder of images, parquet files or tars")
-    for kind, suffix in (("webdataset", ".tar"), ("parquet", ".parquet")):
-        files = [path] if path.suffix == suffix else sorted(path.rglob(f"*{suffix}")) if path.is_dir() else []
+        raise DataError(
+            f"--train_data_dir: {path} does not exist; expected a folder of images or recordings, parquet files or tars"
+        )
+    present = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for kind, suffixes in (("webdataset", (".tar",)), ("parquet", (".parquet",)), ("audio", AUDIO_SUFFIXES)):
+        files = [p for p in present if p.suffix.lower() in suffixes]
         if files:
             return kind, files
-    if not path.is_dir() or not any(p.is_file() for p in path.rglob("*")):
-        raise DataError(f"--train_data_dir: {path} is empty; expected images, parquet files or webdataset tars")
+    if not path.is_dir() or not present:
+        raise DataError(
+            f"--train_data_dir: {path} is empty; expected images, recordings, parquet files or webdataset tars"
+        )
     return "imagefolder", path

@@ -10,6 +10,7 @@ loss = task_weight * |target - student|^2 + output_weight * |teacher - student|^
 """
 
 import contextlib
+import copy
 import json
 import time
 
@@ -17,11 +18,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from checkpoints import Log, Progress, find_checkpoint, load_checkpoint, remove_old
+from checkpoints import Log, Progress, gathered, remove_old, resume_point
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from inputs import DenoiserInputs, check_resolution
-from models import add_lora, load_pipeline, make_student, save_pipeline, with_component
+from models import (
+    add_lora,
+    create_repo,
+    freeze,
+    freeze_unused,
+    load_pipeline,
+    make_student,
+    save_pipeline,
+    with_component,
+)
 from options import check_writable, parse_args
 from sources import Batches, drop_conditions, make_source, noised, open_rows
 from tqdm.auto import tqdm
@@ -29,8 +39,6 @@ from validation import log_grid, validate, wants_validation
 
 from ld_pruner_hf import DistillationLoss, FeatureTaps, NoiseProcess, find_taps
 from ld_pruner_hf.latents import find_denoiser
-
-TERMS = ("loss", "task", "output", "feature")
 
 
 def make_accelerator(args):
@@ -45,10 +53,10 @@ def make_accelerator(args):
     except ValueError as error:
         raise ValueError(f"--mixed_precision {args.mixed_precision}: {error}") from error
     kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(
-            f"accelerate is configured for {kind}, whose split states are not saved here; use plain multi-GPU"
-        )
+    if kind in ("DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(f"accelerate is configured for {kind}, for which there is no code here; use FSDP (version 2)")
+    if kind == "FSDP" and not accelerator.is_fsdp2:
+        raise ValueError("accelerate is configured for FSDP version 1; set fsdp_version: 2")
     return accelerator
 
 
@@ -74,6 +82,8 @@ def make_optimizer(args, parameters, accelerator):
 
 class Distillation:
     """Teacher, student, data and loss of one run: everything but the loop."""
+
+    TERMS = ("loss", "task", "output", "feature")
 
     def __init__(self, args, accelerator):
         self.args, self.accelerator = args, accelerator
@@ -106,10 +116,7 @@ class Distillation:
         self.student.to(self.accelerator.device, torch.float32)
         size = sum(p.numel() for p in self.student.parameters())
         check_writable(args.output_dir, needed=2 * 4 * size * (4 if args.use_ema else 3))
-        for part in self.pipe.components.values():
-            if isinstance(part, torch.nn.Module):
-                keeps_float32 = self.dtype == torch.float16 and getattr(part.config, "force_upcast", False)
-                part.eval().requires_grad_(False).to(torch.float32 if keeps_float32 else self.dtype)
+        freeze(self.pipe, self.dtype)
         self.teacher = getattr(self.pipe, self.component)
         self.student.train().requires_grad_(True)
         if args.train_lora_rank:
@@ -122,21 +129,12 @@ class Distillation:
         """The source of batches, where the last checkpoint left it."""
         args = self.args
         self.source = make_source(args, self.inputs, rows, self.accelerator, self.dtype)
-        self.checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        self.first_step = 0
-        if self.checkpoint is not None:
-            state = load_checkpoint(self.checkpoint)[1]
-            self.first_step = state["step"]
-            self.source.restore(state["stream"])
+        self.checkpoint, self.first_step = resume_point(args, self.source)
         self.batches = Batches(self.source, self.first_step, args, self.accelerator)
         self.blank = self.inputs.encode([self.inputs.blank], 1) if args.proportion_empty_prompts else {}
 
     def _find_taps(self):
-        """Watch one batch go through both; freeze what it shows can never be trained.
-
-        Parameters behind a stand-in of zeros get no gradient, for which DDP would wait. That backward pass also shows at
-        start-up whether a batch fits into memory.
-        """
+        """Watch one batch go through both; freeze what it shows can never be trained."""
         first, self.pairs = self.prepare(*self.batches.peek()[:2]), []
         if self.args.feature_weight:
             with self.accelerator.autocast():
@@ -144,11 +142,7 @@ class Distillation:
         self.teacher_taps = FeatureTaps(self.teacher, [pair.teacher for pair in self.pairs])
         self.student_taps = FeatureTaps(self.student, [pair.student for pair in self.pairs])
         with self.teacher_taps, self.student_taps:
-            self.terms(self.student, first)["loss"].backward()
-        self.frozen = [name for name, p in self.student.named_parameters() if p.grad is None]
-        for p in self.student.parameters():
-            p.requires_grad_(p.grad is not None)
-            p.grad = None
+            self.frozen = freeze_unused(self.student, self.terms(self.student, first)["loss"])
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
 
     @torch.no_grad()
@@ -173,6 +167,15 @@ class Distillation:
             prediction = model(**call.kwargs)[0]
         return self.loss(prediction, target, expected, self.student_taps.take(), expected_features, weights)
 
+    @contextlib.contextmanager
+    def watching(self):
+        """Features are kept inside."""
+        with self.teacher_taps, self.student_taps:
+            yield
+
+    def save(self, student):
+        save_pipeline(self.args, self.component, student)
+
     def __str__(self):
         before, after = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.teacher, self.student))
         compared = (
@@ -196,16 +199,23 @@ class Distillation:
 
 
 def train(run, args, accelerator):
-    """The loop. Returns the student, with averaged weights under --use_ema."""
+    """The loop. Returns the student, with averaged weights under --use_ema; on all but the main process perhaps None.
+
+    Args:
+        run: model, data and loss: a `Distillation`, or anything with its attributes TERMS, student, parameters, batches, prepare,
+            terms, checkpoint, first_step, samples_a_step, and those that `look` and `launch` use.
+    """
     optimizer, learning_rate = make_optimizer(args, run.parameters, accelerator)
-    ema = EMAModel(run.parameters, decay=args.ema_decay, use_ema_warmup=True) if args.use_ema else None
-    progress = Progress(run.student, optimizer, ema, accelerator)
+    whole = Whole(run.student, accelerator)
     model, optimizer = accelerator.prepare(run.student, optimizer)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ema = EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True) if args.use_ema else None
+    progress = Progress(accelerator.unwrap_model(model), optimizer, ema, accelerator)
     if run.checkpoint is not None:
         progress.load(run.checkpoint, run.samples_a_step)
-    log = Log(args.output_dir / "log.csv", ["step", *TERMS, "lr", "images_per_s"], run.first_step, accelerator)
+    log = Log(args.output_dir / "log.csv", ["step", *run.TERMS, "lr", "images_per_s"], run.first_step, accelerator)
     if run.first_step == 0:
-        look(run, args, accelerator, 0)
+        look(run, args, accelerator, 0, ema, parameters)
 
     bar = tqdm(total=args.max_train_steps, initial=run.first_step, disable=not accelerator.is_local_main_process)
     for step in range(run.first_step + 1, args.max_train_steps + 1):
@@ -214,66 +224,95 @@ def train(run, args, accelerator):
         torch.manual_seed(args.seed * 1_000_003 + step * accelerator.num_processes + accelerator.process_index)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1)
-        total = torch.zeros(len(TERMS), device=accelerator.device)
+        total = torch.zeros(len(run.TERMS), device=accelerator.device)
         for micro in range(args.gradient_accumulation_steps):
             positions, fetched, stream = run.batches.take()
             last = micro == args.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 terms = run.terms(model, run.prepare(positions, fetched))
                 accelerator.backward(terms["loss"] / args.gradient_accumulation_steps)
-            total += torch.stack([terms.get(name, total.new_zeros(())).detach() for name in TERMS])
-        accelerator.clip_grad_norm_(run.parameters, args.max_grad_norm)
+            total += torch.stack([terms.get(name, total.new_zeros(())).detach() for name in run.TERMS])
+        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if ema:
-            ema.step(run.parameters)
+            ema.step(parameters)
 
         total = accelerator.reduce(total / args.gradient_accumulation_steps, reduction="mean").tolist()
         rate = run.samples_a_step / (time.monotonic() - began)
-        row = {**dict(zip(TERMS, total, strict=True)), "lr": learning_rate(step - 1), "images_per_s": rate}
+        row = {**dict(zip(run.TERMS, total, strict=True)), "lr": learning_rate(step - 1), "images_per_s": rate}
         log.write(step, row)
         bar.update()
         bar.set_postfix(loss=f"{total[0]:.4f}", lr=f"{row['lr']:.1e}")
         if not np.isfinite(total[0]) and accelerator.scaler is None:
             raise RuntimeError(f"step {step}: the loss is {total[0]}; lower --learning_rate or a weight, then resume")
-        if accelerator.is_main_process and step % args.checkpointing_steps == 0:
+        if step % args.checkpointing_steps == 0:
             progress.save(args.output_dir / f"checkpoint-{step}", step, stream, run.samples_a_step)
-            remove_old(args.output_dir, args.checkpoints_total_limit)
-        look(run, args, accelerator, step, ema)
+            if accelerator.is_main_process:
+                remove_old(args.output_dir, args.checkpoints_total_limit)
+        look(run, args, accelerator, step, ema, parameters)
     bar.close()
     accelerator.wait_for_everyone()
     if ema:
-        ema.copy_to(run.parameters)
-    return accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        ema.copy_to(parameters)
+    return whole.student(model)
 
 
-def look(run, args, accelerator, step, ema=None):
-    """Draw validation pictures, if they are due."""
-    if accelerator.is_main_process and wants_validation(args, run.inputs, step):
+class Whole:
+    """The trained model in one piece, also where FSDP has split it in place."""
+
+    def __init__(self, student, accelerator):
+        self.accelerator = accelerator
+        self.sharded = accelerator.distributed_type.value == "FSDP"
+        self.copy = copy.deepcopy(student).cpu() if self.sharded and accelerator.is_main_process else None
+
+    def student(self, model):
+        """Every process must call it; the main one has the model."""
+        if not self.sharded:
+            return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        weights = {name: gathered(value) for name, value in model.state_dict().items()}
+        if self.copy is not None:
+            self.copy.load_state_dict(weights)
+        return self.copy
+
+
+def look(run, args, accelerator, step, ema, parameters):
+    """Draw validation pictures, if they are due; a model that is split needs every process."""
+    everywhere = accelerator.distributed_type.value == "FSDP"
+    if (accelerator.is_main_process or everywhere) and wants_validation(args, run.inputs, step):
         with accelerator.autocast():
-            grid = validate(step, run.pipe, run.student_pipe, run.inputs, args, ema, run.parameters)
+            grid = validate(step, run.pipe, run.student_pipe, run.inputs, args, ema, parameters, accelerator)
         if grid is not None:
             log_grid(accelerator, grid, step)
 
 
-def main(argv=None):
-    args = parse_args(__doc__, argv)
+def launch(name, make_run, args):
+    """The frame of a training script: accelerator, trackers, the loop, the result."""
     accelerator = make_accelerator(args)
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     try:
-        run = Distillation(args, accelerator)
+        if args.push_to_hub and accelerator.is_main_process:
+            create_repo(args)
+        run = make_run(args, accelerator)
         accelerator.print(run)
+        flags = json.loads(json.dumps(vars(args), default=str))
+        if accelerator.is_main_process:
+            (args.output_dir / "recipe.json").write_text(json.dumps(flags, indent=1))
         if args.report_to != "none":
-            accelerator.init_trackers("distill", json.loads(json.dumps(vars(args), default=str)))
-        with run.teacher_taps, run.student_taps:
+            accelerator.init_trackers(name, flags)
+        with run.watching():
             student = train(run, args, accelerator)
         if run.source.skipped:
             accelerator.print(f"skipped: {dict(run.source.skipped)}")
         if accelerator.is_main_process:
-            save_pipeline(args, run.component, student)
+            run.save(student)
     finally:
         accelerator.end_training()
+
+
+def main(argv=None):
+    launch("distill", Distillation, parse_args(__doc__, argv))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,25 @@ CachedLatents    the same, computed once and kept on disk; also the teacher's ow
 """
 
 import hashlib
+import itertools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from data import CAPTION_COLUMNS, DataError, Images, Skip, Stream, generator_for, load_rows
+from data import (
+    AUDIO_COLUMNS,
+    CAPTION_COLUMNS,
+    DataError,
+    Images,
+    MelPictures,
+    Skip,
+    files_of,
+    generator_for,
+    load_rows,
+    open_picture,
+)
 from inputs import Encoder, autoencoder_of
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -91,12 +103,13 @@ class CachedLatents:
         pass
 
 
-def build_cache(folder, settings, produce, count, per_file, accelerator, what):
-    """Write `count` samples, `per_file` in a file, shared among the processes; files that are there are kept.
+def build_cache(folder, settings, produce, items, per_file, accelerator, what):
+    """Write what `produce` makes of `items`, `per_file` in a file, shared among the processes; files that are there are kept.
 
     Args:
         settings: what the samples depend on; each combination has a folder of its own inside `folder`.
-        produce: [item numbers] -> {name: (n, ...)}, where n may be smaller, or None if nothing is usable.
+        produce: (number of the first item, items) -> {name: (n, ...)}, where n may be smaller, or None if none is usable.
+        items: numbers or rows, in an order that stays.
 
     Returns:
         The folder of these settings.
@@ -104,32 +117,49 @@ def build_cache(folder, settings, produce, count, per_file, accelerator, what):
     settings = json.dumps({**settings, "per_file": per_file}, sort_keys=True)
     folder = Path(folder) / hashlib.sha256(settings.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
+    complete = folder / "complete"
+    if complete.exists():
+        return folder
     (folder / "settings.json").write_text(settings)
-    starts = range(0, count, per_file)
-    mine = [s for i, s in enumerate(starts) if i % accelerator.num_processes == accelerator.process_index]
-    for start in tqdm(mine, desc=what, disable=not accelerator.is_main_process):
+    total = len(items) if hasattr(items, "__len__") else None
+    bar = tqdm(desc=what, total=total, disable=not accelerator.is_main_process)
+    for block, start, chunk in _blocks(items, per_file):
+        bar.update(len(chunk))
         file, empty = folder / f"{start:09d}.safetensors", folder / f"{start:09d}.empty"
-        if file.exists() or empty.exists():
+        if block % accelerator.num_processes != accelerator.process_index or file.exists() or empty.exists():
             continue
-        tensors = produce(list(range(start, min(start + per_file, count))))
+        tensors = produce(start, chunk)
         if tensors is None:
             empty.touch()
             continue
         aside = file.with_suffix(".new")
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside)
         os.replace(aside, file)
+    bar.close()
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        complete.touch()
     return folder
 
 
-def encode_rows(images, encoder, inputs, dtype):
-    """`produce` of --cache_latents: rows of a table, cropped in the centre, to latents and conditions."""
+def _blocks(items, size):
+    """(number of the block, number of its first item, its items)."""
+    items = iter(items)
+    for block in itertools.count():
+        chunk = list(itertools.islice(items, size))
+        if not chunk:
+            return
+        yield block, block * size, chunk
 
-    def produce(numbers):
+
+def encode_rows(images, encoder, inputs, dtype):
+    """`produce` of --cache_latents: rows, cropped in the centre, to latents and conditions."""
+
+    def produce(start, items):
         pixels, captions = [], []
-        for number in numbers:
+        for number, item in enumerate(items, start):
             try:
-                x, caption = images.read(images.rows.rows[number], generator_for(0, number, "picture"))
+                x, caption = images.read(images.rows.row(item), generator_for(0, number, "picture"))
             except Skip as reason:
                 images.skipped[str(reason)] += 1
                 continue
@@ -145,16 +175,19 @@ def encode_rows(images, encoder, inputs, dtype):
     return produce
 
 
-def sample_teacher(inputs, conditions, seed, steps, guidance_scale, dtype):
-    """`produce` of --data_free: latents that the teacher makes from its conditions and seeds, and the conditions."""
+def sample_teacher(inputs, conditions, steps, guidance_scale, dtype):
+    """`produce` of --data_free: latents that the teacher makes from its conditions and the samples' numbers as seeds, and the conditions.
 
-    def produce(numbers):
+    They are a data set like any other: --seed does not change it.
+    """
+
+    def produce(_, numbers):
         n, chosen = len(numbers), [conditions[i % len(conditions)] for i in numbers]
         call = inputs.pipeline_call(chosen, n, guidance_scale)
         if steps:
             call |= steps_argument(inputs.pipe, steps)
         with preserved(inputs.pipe):
-            latents = final_latents(inputs.pipe, call, [seed + i for i in numbers])
+            latents = final_latents(inputs.pipe, call, numbers)
         if tuple(latents.shape[1:]) != inputs.sample_shape:
             raise DataError(
                 f"the teacher's samples have shape {tuple(latents.shape[1:])}, its denoiser is called with {inputs.sample_shape}"
@@ -178,64 +211,83 @@ def prompts_of(args, pipe):
             raise ValueError(f"--data_free_prompts: {args.data_free_prompts} is empty; expected a prompt a line")
         return prompts
     if args.teacher.startswith("demo:"):
-        return ld_pruner_hf.demo.PROMPTS[args.teacher.removeprefix("demo:")]
+        return ld_pruner_hf.demo.PROMPTS.get(args.teacher.removeprefix("demo:"))
     return default_prompts() if hasattr(pipe, "tokenizer") else None
 
 
 def open_rows(args, inputs, accelerator):
-    """(rows, image column, caption column) of a data set, or None without one."""
+    """(rows, column of pictures or recordings, caption column) of a data set, or None without one."""
     if args.data_free:
         return None
     usual = ("label", *CAPTION_COLUMNS) if inputs.argument == "class_labels" else CAPTION_COLUMNS
     with accelerator.main_process_first():
-        found = load_rows(args, inputs.argument is not None, usual)
-    if args.cache_latents and isinstance(found[0], Stream):
-        raise DataError("--cache_latents: a stream of tars has no end; use parquet or a folder of images")
-    return found
+        return load_rows(args, inputs.argument is not None, usual)
 
 
 def make_source(args, inputs, rows, accelerator, dtype):
     """Where batches come from: pictures encoded each step, or latents computed once."""
     if rows is None:
-        produce, count, settings = _data_free(args, inputs, dtype)
-        return CachedLatents(_cache(args, inputs, produce, count, settings, accelerator, dtype), args.seed)
+        produce, settings = _data_free(args, inputs, dtype)
+        return CachedLatents(
+            _cache(args, inputs, produce, range(args.data_free), settings, accelerator, dtype), args.seed
+        )
     encoder = Encoder(inputs.pipe, inputs)
     images = Images(
         *rows, resolution=args.resolution or picture_size(inputs), channels=encoder.channels,
         center_crop=args.center_crop or args.cache_latents, random_flip=args.random_flip, seed=args.seed,
-        workers=args.dataloader_num_workers,
+        workers=args.dataloader_num_workers, open_cell=_opener(rows[1], args, inputs.pipe),
     )  # fmt: skip
     if not args.cache_latents:
         return EncodedImages(images, encoder, inputs, args.seed)
     settings = {
         "data": [args.dataset_name, args.dataset_config_name, str(args.train_data_dir), args.max_train_samples],
-        "rows": len(rows[0].rows), "columns": rows[1:], "resolution": images.resolution, "seed": args.seed,
+        "files": _sizes(args.train_data_dir), "columns": rows[1:], "resolution": images.resolution, "seed": args.seed,
     }  # fmt: skip
     produce = encode_rows(images, encoder, inputs, dtype)
-    folder = _cache(args, inputs, produce, len(rows[0].rows), settings, accelerator, dtype)
+    folder = _cache(args, inputs, produce, rows[0].in_order(), settings, accelerator, dtype)
     source = CachedLatents(folder, args.seed)
     source.skipped = images.skipped
     return source
 
 
+def _opener(column, args, pipe):
+    """What makes pictures of the column's cells."""
+    if column != args.audio_column and column not in AUDIO_COLUMNS:
+        return open_picture
+    if getattr(pipe, "mel", None) is None:
+        raise DataError(
+            f"--audio_column: {type(pipe).__name__} has no `mel` that turns recordings into its spectrograms; give it pictures"
+        )
+    return MelPictures(pipe.mel)
+
+
+def _sizes(folder):
+    """Names and sizes of a data set's files: a changed file makes new latents."""
+    if folder is None:
+        return None
+    files = files_of(folder)[1]
+    files = files if isinstance(files, list) else sorted(p for p in files.rglob("*") if p.is_file())
+    return [[str(f), f.stat().st_size] for f in files]
+
+
 def _data_free(args, inputs, dtype):
-    """(produce, count, settings) of the teacher's own samples."""
+    """(produce, settings) of the teacher's own samples."""
     conditions = [None]
     if inputs.argument == "prompt":
         conditions = prompts_of(args, inputs.pipe)
     elif inputs.argument == "class_labels":
         conditions = list(range(getattr(inputs.pipe, inputs.component).config.num_embeds_ada_norm))
     steps, guidance = args.data_free_steps, args.data_free_guidance
-    settings = {"steps": steps, "guidance": guidance, "seed": args.seed, "of": conditions, "count": args.data_free}
-    return sample_teacher(inputs, conditions, args.seed, steps, guidance, dtype), args.data_free, settings
+    settings = {"steps": steps, "guidance": guidance, "of": conditions, "count": args.data_free}
+    return sample_teacher(inputs, conditions, steps, guidance, dtype), settings
 
 
-def _cache(args, inputs, produce, count, settings, accelerator, dtype):
+def _cache(args, inputs, produce, items, settings, accelerator, dtype):
     """The folder of latents that depend on these settings and on the pipeline's models."""
     folder = Path(args.cache_dir or args.output_dir) / "latents"
     models = {name: weights_of(m) for name, m in modules_of(inputs.pipe).items()}
     settings |= {"models": models, "shape": inputs.sample_shape, "dtype": str(dtype), "options": inputs.options}
-    return build_cache(folder, settings, produce, count, args.train_batch_size, accelerator, "latents")
+    return build_cache(folder, settings, produce, items, args.train_batch_size, accelerator, "latents")
 
 
 def picture_size(inputs):

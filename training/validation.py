@@ -1,4 +1,4 @@
-"""Pictures during training: original, pruned and student side by side, from the same noise."""
+"""Pictures during training, side by side and from the same noise."""
 
 import numpy as np
 import torch
@@ -20,18 +20,20 @@ def draw(pipe, inputs, args):
     return [p.convert("RGB") for p in getattr(output, "images", []) if isinstance(p, Image.Image)]
 
 
-def validate(step, teacher, student_pipe, inputs, args, ema, parameters):
-    """validation/step_N.png: a row a prompt; original, pruned without training, student."""
-    folder = args.output_dir / "validation"
-    folder.mkdir(exist_ok=True)
+def validate(step, teacher, student_pipe, inputs, args, ema, parameters, accelerator):
+    """validation/step_N.png: a row a prompt; original (if there is a teacher), pruned without training, student."""
     if ema:
         ema.store(parameters)
         ema.copy_to(parameters)
     now = draw(student_pipe, inputs, args)
     if ema:
         ema.restore(parameters)
+    if not accelerator.is_main_process:
+        return None
+    folder = args.output_dir / "validation"
+    folder.mkdir(exist_ok=True)
     columns = []
-    for name, pipe in (("original", teacher), ("pruned", student_pipe)):
+    for name, pipe in ([("original", teacher)] if teacher else []) + [("pruned", student_pipe)]:
         files = [folder / f"{name}_{i}.png" for i in range(len(now))]
         if not all(f.is_file() for f in files):
             for picture, file in zip(now if name == "pruned" else draw(pipe, inputs, args), files, strict=True):
@@ -40,8 +42,9 @@ def validate(step, teacher, student_pipe, inputs, args, ema, parameters):
     if not now:
         return None
     w, h = now[0].size
-    grid = Image.new("RGB", (3 * w, h * len(now)), "white")
-    for x, column in enumerate([*columns, now]):
+    columns.append(now)
+    grid = Image.new("RGB", (w * len(columns), h * len(now)), "white")
+    for x, column in enumerate(columns):
         for y, picture in enumerate(column):
             grid.paste(picture, (x * w, y * h))
     grid.save(folder / f"step_{step:06d}.png")

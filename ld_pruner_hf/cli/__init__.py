@@ -1,4 +1,4 @@
-"""ld-pruner: score, prune and profile any diffusers pipeline from the command line; `ld-pruner demo` needs no download.
+"""ld-pruner: score, prune, profile and publish any diffusers pipeline from the command line; `ld-pruner demo` needs no download.
 
 Exit codes: 0 done, 1 a bug or a failure of the machine (with its traceback), 2 something in the command to be put right
 (one line on stderr), 130 interrupted.
@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..loading import one_line
-from . import additivity, benchmark, demo, evaluate, profile, prune, report, score, show, sweep
+from . import additivity, app, benchmark, demo, distill, evaluate, profile, prune, publish, report, score, show, sweep
 
-COMMANDS = (score, sweep, prune, profile, evaluate, report, benchmark, additivity, demo, show)
+COMMANDS = (
+    score, prune, distill, profile, evaluate, sweep, benchmark, additivity, report, publish, app, demo, show,
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,7 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     for command in COMMANDS:
-        sub = commands.add_parser(command.NAME, help=command.HELP, description=command.HELP, formatter_class=_Help)
+        options = getattr(command, "PARSER", {})
+        sub = commands.add_parser(
+            command.NAME, help=command.HELP, description=command.HELP, formatter_class=_Help, **options
+        )
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser

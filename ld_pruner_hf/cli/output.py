@@ -8,11 +8,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ..loading import PLAN_FILE
+from ..measurements import MEASUREMENTS_FILE, Measurements
 from ..plan import PruningPlan
 from ..stock import StockRecord
 from .common import ROWS_FILE
 
-PLAN_FILE = "pruning_plan.json"
 _STAGING = ".ld-pruner-new"
 
 
@@ -43,13 +44,14 @@ def check_output(folder: Path, overwrite: bool) -> Path:
     return folder
 
 
-def save_into(pipe: Any, folder: Path, done: PruningPlan | StockRecord) -> None:
-    """Save the pipeline, and the plan if there is one, completely beside what the folder has; then put them in its place."""
+def save_into(pipe: Any, folder: Path, done: PruningPlan | StockRecord, measurements: Measurements) -> None:
+    """Save pipeline, measurements, and the plan if there is one, completely beside what the folder has; then put them in its place."""
     staging = folder / _STAGING
     shutil.rmtree(staging, ignore_errors=True)
     pipe.save_pretrained(staging)
     if isinstance(done, PruningPlan):
         done.save(staging / PLAN_FILE)
+    measurements.save(staging / MEASUREMENTS_FILE)
     for old in folder.iterdir():
         if _is_ours(old.name):
             continue

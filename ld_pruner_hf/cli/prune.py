@@ -6,9 +6,11 @@ import argparse
 import re
 from pathlib import Path
 
-from ..loading import load_pipeline
+from ..latents import find_denoiser, make_conditions
+from ..loading import is_repo_id, load_pipeline, load_plan
+from ..measurements import measured
 from ..pipeline import check_goals, profile, prune
-from ..plan import PruningPlan
+from ..plan import PlanError, PruningPlan
 from ..planning import SCORING_ONLY
 from ..presets import PRESETS
 from ..scores import OperatorScores
@@ -27,8 +29,8 @@ BUDGETS = ("params", "macs", "latency", "memory")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline(parser)
     parser.add_argument(
-        "target", metavar="K|PLAN.json|PRESET", nargs="?", help="how many operators to take out, a pruning plan, or the name of a "
-        f"hand-made one ({', '.join(PRESETS)}); or give a budget instead",
+        "target", metavar="K|PLAN", nargs="?", help="how many operators to take out; or a pruning plan: a file, a Hub id (user/plan), or "
+        f"a hand-made one ({', '.join(PRESETS)}); or give a budget instead",
     )  # fmt: skip
     for unit, what in zip(BUDGETS, ("parameters", "MACs", "latency, measured here", "peak memory"), strict=True):
         parser.add_argument(f"--{unit}", type=float, metavar="SHARE", help=f"take away this share of the {what}: 0.3")
@@ -54,10 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _target(text: str | None) -> int | str | PruningPlan | None:
-    """K, the name of a preset, or the plan in a file."""
+    """K, the name of a hand-made plan, or a plan."""
     if text is None or text in PRESETS:
         return text
-    return int(text) if re.fullmatch(r"[+-]?\d+", text) else PruningPlan.load(text)
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    try:
+        return load_plan(text)
+    except PlanError as error:
+        if Path(text).exists():
+            raise
+        raise ValueError(
+            f"{text}: got no whole number, no file, no Hub id and none of the hand-made plans ({', '.join(PRESETS)})"
+        ) from error
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,12 +94,15 @@ def run(args: argparse.Namespace) -> None:
     else:
         how["resume_from"] = folder / ROWS_FILE
     call = {"prompt": how["conditions"][0]} if how["conditions"] else {}
-    component = args.component or (target.component if isinstance(target, PruningPlan) else None)
-    measuring = {"component": component, "repeats": args.repeats, **call, **call_arguments(args)}
+    call |= call_arguments(args)
+    chosen = args.component or (target.component if isinstance(target, PruningPlan) else None) or None
+    component = find_denoiser(pipe, chosen, **make_conditions(pipe, None, call)[0])
+    measuring = {"component": component, "repeats": args.repeats, **call}
     before = profile(pipe, **measuring)
     done = prune(pipe, target, criterion=args.criterion, component=component, fit=args.fit, **goals, **how)
     after = profile(pipe, **measuring)
-    save_into(pipe, folder, done)
+    base = args.pipeline if is_repo_id(args.pipeline) and not Path(args.pipeline).exists() else None
+    save_into(pipe, folder, done, measured(component, before, after, call, base))
     print(done)
     plain = isinstance(done, StockRecord) or done.how["saved_as"].startswith("stock")
     how_to_load = "it loads with plain diffusers" if plain else "load it after `import ld_pruner_hf`"

@@ -1,0 +1,223 @@
+"""Time of a training step and peak memory of our distillation loop against a straightforward one, on the emoji pipeline.
+
+    python benchmarks/distill_throughput.py --mixed_precision bf16
+
+The straightforward loop is what scripts of 2023 do: every step encodes the pictures with the VAE and the captions with the text
+encoder, then runs the teacher and the student with hooks on all blocks. Ours is `training/distill.py`: once on the same
+pictures, once with --cache_latents. Same student, batch, precision, pictures and machine. Each loop is a process of its own;
+they take turns, so that other work on the machine hits all alike. CPU seconds count only the loop's own work.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "training"))
+
+import distill  # noqa: E402
+from sources import Batches  # noqa: E402
+
+import ld_pruner_hf  # noqa: E402
+from ld_pruner_hf import PruningPlan  # noqa: E402
+
+PLAN = ROOT / "training" / "recipes" / "emoji_plan.json"
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def write_pictures(folder, count, side=64):
+    """Pictures with captions; what they show does not matter for the time."""
+    generator, lines = np.random.default_rng(0), []
+    for i in range(count):
+        pixels = generator.integers(0, 255, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"picture number {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+# ---- the loops -------------------------------------------------------------------------------------------------------
+
+
+class Turns:
+    """Called at the start of each step of a loop; after every `steps` of them it reports and waits until it is told to go on."""
+
+    def __init__(self, steps):
+        self.steps, self.count, self.began = steps, 0, None
+
+    def __call__(self):
+        if self.count % self.steps == 0:
+            if self.began is not None:
+                taken = {"wall": time.perf_counter() - self.began[0], "cpu": time.process_time() - self.began[1]}
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+                print(
+                    "TURN", json.dumps({k: v / self.steps for k, v in taken.items()} | {"peak_mb": peak}), flush=True
+                )
+            else:
+                print("READY", flush=True)
+            if sys.stdin.readline().strip() != "go":
+                raise SystemExit
+            self.began = time.perf_counter(), time.process_time()
+        self.count += 1
+
+
+def straightforward(args, folder, turn):
+    """Teacher, student, VAE and text encoder in every step, hooks on all blocks, as one would first write it."""
+    half = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    pipe, pruned = ld_pruner_hf.demo.load("emoji"), ld_pruner_hf.demo.load("emoji")
+    pruned.prune(PruningPlan.load(PLAN))
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.eval().requires_grad_(False).to(half)
+    teacher, student = pipe.unet, pruned.unet.train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    kept = {}
+
+    def keep(model, path):
+        def hook(_, __, output):
+            kept[model, path] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    stages = [f"{side}_blocks.{i}" for side in ("down", "up") for i in range(4)]
+    paths = stages + [f"{stage}.resnets.{i}" for stage in stages for i in range(2)]
+    for name, model in (("teacher", teacher), ("student", student)):
+        for path, module in model.named_modules():
+            if path in paths:
+                module.register_forward_hook(keep(name, path))
+    pictures = sorted(folder.glob("*.png"))
+    captions = {
+        d["file_name"]: d["text"] for d in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
+    }
+    alphas = pipe.scheduler.alphas_cumprod
+    mse = torch.nn.functional.mse_loss
+    while True:
+        turn()
+        chosen = [pictures[i] for i in torch.randint(0, len(pictures), (args.batch_size,))]
+        pixels = torch.stack([torch.from_numpy(np.array(Image.open(p).convert("RGB"))) for p in chosen])
+        pixels = (pixels.permute(0, 3, 1, 2) / 127.5 - 1).to(half)
+        with torch.no_grad():
+            latents = pipe.vae.encode(pixels).latent_dist.sample() * pipe.vae.config.scaling_factor
+            text = pipe.encode_prompt([captions[p.name] for p in chosen], "cpu", 1, False)[0]
+        t = torch.randint(0, 1000, (args.batch_size,))
+        a, noise = alphas[t].reshape(-1, 1, 1, 1), torch.randn_like(latents)
+        noisy, target = a.sqrt() * latents + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * latents
+        noisy = noisy.to(half)
+        with torch.no_grad():
+            expected = teacher(noisy, t, text).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=half == torch.bfloat16):
+            prediction = student(noisy, t, text).sample
+        loss = mse(prediction.float(), target.float()) + mse(prediction.float(), expected.float())
+        loss = loss + sum(mse(kept["student", p].float(), kept["teacher", p].float()) for p in stages)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def ours(args, folder, turn, cached):
+    """training/distill.py as users start it."""
+    output = Path(tempfile.mkdtemp(dir=folder.parent))
+    flags = [
+        "--teacher",
+        "demo:emoji",
+        "--plan",
+        PLAN,
+        "--train_data_dir",
+        folder,
+        "--center_crop",
+        "--learning_rate",
+        1e-4,
+    ]
+    flags += ["--train_batch_size", args.batch_size, "--mixed_precision", args.mixed_precision, "--cache_dir", output]
+    flags += ["--max_train_steps", 10**6, "--checkpointing_steps", 10**6, "--output_dir", output]
+    flags += ["--cache_latents"] if cached else []
+    take = Batches.take
+
+    def take_in_turn(self):
+        turn()
+        return take(self)
+
+    Batches.take = take_in_turn
+    distill.main([str(f) for f in flags])
+
+
+LOOPS = {
+    "straightforward": straightforward,
+    "ours": lambda *a: ours(*a, cached=False),
+    "ours, cached latents": lambda *a: ours(*a, cached=True),
+}
+
+
+# ---- taking turns ----------------------------------------------------------------------------------------------------
+
+
+def start(args, name, folder):
+    command = [sys.executable, __file__, "--loop", name, "--folder", folder, "--batch_size", args.batch_size]
+    command += ["--steps", args.steps, "--mixed_precision", args.mixed_precision]
+    return subprocess.Popen([str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def heard(process, word):
+    """The rest of the next line that begins with `word`."""
+    for line in process.stdout:
+        if line.startswith(word):
+            return line.removeprefix(word)
+    raise RuntimeError("a loop ended before its turn; its error is above")
+
+
+def compare(args, folder):
+    processes = {name: start(args, name, folder) for name in LOOPS}
+    for process in processes.values():
+        heard(process, "READY")
+    found = {name: [] for name in LOOPS}
+    for _ in range(args.rounds + 1):  # the first is warm-up
+        for name, process in processes.items():
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            found[name].append(json.loads(heard(process, "TURN")))
+    for process in processes.values():
+        process.communicate("stop\n")
+    medians = {n: {k: statistics.median(r[k] for r in rows[1:]) for k in rows[0]} for n, rows in found.items()}
+    base = medians["straightforward"]
+    print(
+        "| loop | CPU s a step | s a step | speed-up (CPU) | speed-up (clock) | peak MB |\n|---|---|---|---|---|---|"
+    )
+    for name, m in medians.items():
+        print(
+            f"| {name} | {m['cpu']:.3f} | {m['wall']:.3f} | {base['cpu'] / m['cpu']:.2f} | {base['wall'] / m['wall']:.2f} "
+            f"| {m['peak_mb']:.0f} |"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="steps of each loop in a round")
+    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--loop", choices=list(LOOPS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.loop:
+        return LOOPS[args.loop](args, args.folder, Turns(args.steps))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "pictures"
+        folder.mkdir()
+        write_pictures(folder, args.pictures)
+        compare(args, folder)
+
+
+if __name__ == "__main__":
+    main()
