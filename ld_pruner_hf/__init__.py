@@ -28,7 +28,7 @@ from .presets import PRESETS, apply_preset_
 from .profiling import Profile
 from .publication import Evidence
 from .scores import CRITERIA, OperatorScore, OperatorScores
-from .scoring import measure_damage, score_operators
+from .scoring import ScoringCost, measure_damage, score_cost, score_operators
 from .selection import knapsack, ratio, top_k
 from .stock import StockRecord, record_of, to_stock_
 from .surgery import applied, apply_plan_
@@ -38,10 +38,10 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CRITERIA", "PRESETS", "DistillationLoss", "Evidence", "FeatureTaps", "Fit", "LDPrunerMixin", "LoraFit",
     "Measurements", "Modification", "NoiseProcess", "Operator", "OperatorScore", "OperatorScores", "OutputRule",
-    "PlanDiff", "PlanError", "Profile", "PruningPlan", "StandInSpec", "StockRecord", "Tap", "TapPair", "applied",
-    "apply_plan_", "apply_preset_", "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack",
+    "PlanDiff", "PlanError", "Profile", "PruningPlan", "ScoringCost", "StandInSpec", "StockRecord", "Tap", "TapPair",
+    "applied", "apply_plan_", "apply_preset_", "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack",
     "load_lora", "load_plan", "lora_fit", "make_plan", "measure_additivity", "measure_damage", "plan_of",
-    "profile", "prune", "publish", "push_plan", "ratio", "record_of", "score", "score_operators", "to_stock_",
+    "profile", "prune", "publish", "push_plan", "ratio", "record_of", "score", "score_cost", "score_operators", "to_stock_",
     "top_k",
 ]  # fmt: skip
 

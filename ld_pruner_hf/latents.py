@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 Condition = dict[str, Any]
 
@@ -262,7 +264,7 @@ class _Recorded(BaseException):
 
 
 @contextmanager
-def _patched(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def patched(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Replace `owner.name` (a class or an object) for a while."""
     had = name in vars(owner)
     original = vars(owner).get(name)
@@ -274,6 +276,37 @@ def _patched(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callabl
             setattr(owner, name, original)
         else:
             delattr(owner, name)
+
+
+@contextmanager
+def encoders_remembered(pipe: Any, component: str, found: dict[Any, Any]) -> Iterator[None]:
+    """Inside, models from outside diffusers (text and image encoders), but not `component`, run once for equal inputs.
+
+    Args:
+        found: their outputs; keep it for the next time.
+    """
+
+    def key_of(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape), value.dtype, value.detach().cpu().float().numpy().tobytes()
+        return repr(value)
+
+    def remembering(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            leaves, structure = tree_flatten((args, kwargs))
+            key = name, str(structure), tuple(map(key_of, leaves))
+            if key not in found:
+                found[key] = forward(*args, **kwargs)
+            return found[key]
+
+        return remembered
+
+    with ExitStack() as stack:
+        for name, model in modules_of(pipe).items():
+            if name != component and not isinstance(model, ModelMixin):
+                stack.enter_context(patched(model, "forward", functools.partial(remembering, name)))
+        yield
 
 
 @dataclass(frozen=True)
@@ -292,6 +325,11 @@ class RecordedCall:
                 return value.shape[0]
         return 1
 
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> RecordedCall:
+        """The same call with every tensor changed."""
+        args, kwargs = tree_map_only(torch.Tensor, change, (self.args, self.kwargs))
+        return RecordedCall(args, kwargs, self.method)
+
 
 @contextmanager
 def calling(model: nn.Module, method: str) -> Iterator[None]:
@@ -299,14 +337,15 @@ def calling(model: nn.Module, method: str) -> Iterator[None]:
     if method == "forward":
         yield
         return
-    with _patched(model, "forward", lambda _: getattr(model, method)):
+    with patched(model, "forward", lambda _: getattr(model, method)):
         yield
 
 
-def denoise(
+def run_to_latents(
     pipe: Any, call: Condition, seeds: Sequence[int], stop_after: int | None = None
-) -> tuple[torch.Tensor, dict[str, RecordedCall]]:
-    """Run the pipeline up to its first decoding: (latents after the last scheduler step, component -> its `decode` call)."""
+) -> tuple[torch.Tensor, dict[str, RecordedCall], int]:
+    """Run the pipeline up to its first decoding: latents as the last scheduler step returns them, component -> its `decode`
+    call, scheduler steps."""
     device = getattr(pipe, "_execution_device", None) or torch.device("cpu")
     generators = [torch.Generator(device="cpu" if device.type == "mps" else device).manual_seed(s) for s in seeds]
     call = dict(call)
@@ -340,10 +379,10 @@ def denoise(
     torch.manual_seed(seeds[0])  # for pipelines that draw noise without their generator
     with ExitStack() as stack:
         # On the class, not on the object: some pipelines copy their scheduler.
-        stack.enter_context(_patched(type(pipe.scheduler), "step", keep_output))
+        stack.enter_context(patched(type(pipe.scheduler), "step", keep_output))
         for name, part in modules_of(pipe).items():
             if hasattr(part, "decode"):
-                stack.enter_context(_patched(part, "decode", functools.partial(stop_when_denoised, name)))
+                stack.enter_context(patched(part, "decode", functools.partial(stop_when_denoised, name)))
         try:
             pipe(**call)
         except _Stop:
@@ -353,6 +392,14 @@ def denoise(
         raise RuntimeError(
             f"{type(pipe).__name__} finished without a step of its scheduler {type(pipe.scheduler).__name__}"
         )
+    return latents, decodes, steps
+
+
+def denoise(
+    pipe: Any, call: Condition, seeds: Sequence[int], stop_after: int | None = None
+) -> tuple[torch.Tensor, dict[str, RecordedCall]]:
+    """Run the pipeline up to its first decoding: (latents after the last scheduler step, component -> its `decode` call)."""
+    latents, decodes, _ = run_to_latents(pipe, call, seeds, stop_after)
     return latents.detach().to("cpu", torch.float32), decodes
 
 

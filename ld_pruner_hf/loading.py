@@ -22,10 +22,17 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def pick_device(device: str) -> str:
-    """The device by name; "auto" is the accelerator if there is one. ValueError for one that is not there."""
+    """The device by name; "auto" is the accelerator if there is one, each process of a launch its own.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
     accelerator = torch.accelerator.current_accelerator()  # None on a machine that has only a CPU
     if device == "auto":
-        return "cpu" if accelerator is None else accelerator.type
+        if accelerator is None:
+            return "cpu"
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        return f"{accelerator.type}:{rank % torch.accelerator.device_count()}" if rank else accelerator.type
     try:
         kind = torch.device(device).type
     except RuntimeError as error:

@@ -189,9 +189,12 @@ def _simplify_(pipe: DiffusionPipeline, name: str, plan: PruningPlan, score_kwar
     if has_config and any(True for _ in stock_candidates(model, plan_of(model) or plan)):
         try:
             with preserved(pipe):
-                record = to_stock_(model, first_call(pipe, name, score_kwargs), name)
-        except ValueError as error:  # the pipeline cannot be called without the user's images, say
+                call = first_call(pipe, name, score_kwargs)
+        except Exception as error:  # the pipeline cannot be called without the user's images or embeddings, say
             why = f"; not tried as a stock config: {error}"
+        else:
+            with preserved(pipe):
+                record = to_stock_(model, call, name)
     if record is None:
         return f"{kind} with its plan in the config: import ld_pruner_hf before loading{why}"
     entries = ", ".join(f"{k}={v}" for k, v in record.config.items())

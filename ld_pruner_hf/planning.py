@@ -22,7 +22,7 @@ from .selection import METHODS, SAVINGS, check_k, innermost, ratio, top_k
 from .surgery import architecture_of, count_params, refuse_wrapped
 
 LAST_SCORES = "_ld_pruner_scores"
-OPERATORS_ONLY = ("include", "exclude", "kinds", "standins", "resume_from")
+OPERATORS_ONLY = ("include", "exclude", "kinds", "standins", "effort", "resume_from", "on_cost")
 """Arguments of `score` that say which operators to score, and how to go on with it."""
 SCORING_ONLY = ("criterion", "pooled", "calibration", *OPERATORS_ONLY)
 """Arguments of `score` that concern neither the conditions nor the pipeline's call."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .latents import RecordedCall, calling
@@ -70,9 +70,10 @@ class Profile:
 
 
 def run(model: nn.Module, call: RecordedCall) -> Any:
-    """One call of the model."""
+    """One call of the model. It gets its own lists and dicts: U-Nets take T2I-Adapter features out of theirs."""
+    args, kwargs = tree_map(lambda value: value, (call.args, call.kwargs))
     with calling(model, call.method):
-        return model(*call.args, **call.kwargs)
+        return model(*args, **kwargs)
 
 
 def count_macs(model: nn.Module, call: RecordedCall) -> tuple[dict[str, int], dict[str, int]]:

@@ -7,7 +7,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -326,47 +327,115 @@ def read_rows(path: str | os.PathLike) -> ScoreFile:
 
 
 class RowFile:
-    """A file of scores that is written row by row; each row is on the disk before the next is measured."""
+    """A file of scores that is written row by row; each row is on the disk before the next is measured.
 
-    def __init__(self, path: str | os.PathLike | None, header: dict[str, Any]) -> None:
+    Several processes may fill one file: each writes rows to a part of its own (`scores.jsonl.part3`), reads those of the
+    others, and takes over what is left when no part has grown for long. Whoever has seen every row writes the whole file.
+
+    Args:
+        path: of the file, or None to keep the rows in memory. header: what the rows were measured with.
+        rank, processes: which of how many processes this is.
+
+    Raises:
+        PlanError: the file or a part is damaged, or made by another run.
+    """
+
+    PATIENCE = 5.0, 20.0
+    """Parts count as abandoned when none has grown for the longest time that a row took, times the first; at least the second, in s."""
+
+    def __init__(
+        self, path: str | os.PathLike | None, header: dict[str, Any], rank: int = 0, processes: int = 1
+    ) -> None:
         self.path = None if path is None else Path(path)
+        self.header = header
+        self.rank, self.processes = (rank, processes) if path is not None else (0, 1)
         self.found: dict[tuple[str, str], OperatorScore] = {}
+        self._longest = 0.0
         self._complete = False
         if self.path is None:
             return
-        if not self.path.exists() or not self.path.stat().st_size:
-            write_atomically(self.path, json.dumps(header) + "\n")
-            return
-        old = read_rows(self.path)
+        self._own = self._part(rank) if self.processes > 1 else self.path
+        if self.path.exists() and self.path.stat().st_size:
+            self._complete = self._read(self.path).complete
+        self._read_parts()
+        if self._own.exists() and self._own.stat().st_size:
+            good = self._read(self._own).good_bytes
+            with open(self._own, "r+b") as file:
+                file.truncate(good)
+        elif not self._complete:
+            write_atomically(self._own, json.dumps(header) + "\n")
+
+    def _part(self, rank: int) -> Path:
+        assert self.path is not None
+        return self.path.with_name(f"{self.path.name}.part{rank}")
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.name}.part*")) if self.path is not None else []
+
+    def _read(self, path: Path) -> ScoreFile:
+        """Take the rows of a file of the same run."""
+        old = read_rows(path)
         ignored = ("criterion",)
+        header = self.header
         differ = [k for k in header if k not in ignored and json.loads(json.dumps(header[k])) != old.header.get(k)]
         if differ:
             what = "; ".join(
                 f"{k}: file has {_short(old.header.get(k), header[k])}, this run {_short(header[k], old.header.get(k))}"
                 for k in differ
             )
-            raise PlanError(
-                f"{self.path}: made by another run ({what}); pass the same model and settings, or another file"
-            )
-        with open(self.path, "r+b") as file:
-            file.truncate(old.good_bytes)
-        self.found = {row.key: row for row in old.rows}
-        self._complete = old.complete
+            raise PlanError(f"{path}: made by another run ({what}); pass the same model and settings, or another file")
+        for row in old.rows:
+            self.found.setdefault(row.key, row)
+        return old
+
+    def _read_parts(self) -> None:
+        for part in self._parts():
+            try:
+                self._read(part)
+            except (PlanError, FileNotFoundError):
+                if part.exists():  # else another process has just written the whole file
+                    raise
+        if self.processes > 1 and self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def pending(self, keys: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        """What this process is to measure of `keys`, one by one; it ends when all of them are found, here or elsewhere."""
+        yield from keys[self.rank :: self.processes]
+        waiting_since = time.time()
+        while self.processes > 1:
+            self._read_parts()
+            left = [key for key in keys if key not in self.found]
+            if not left:
+                return
+            grown = max([waiting_since, *(part.stat().st_mtime for part in self._parts() if part.exists())])
+            if time.time() - grown > max(self.PATIENCE[0] * self._longest, self.PATIENCE[1]):
+                yield left[self.rank * len(left) // self.processes]
+            else:
+                time.sleep(0.2)
 
     def append(self, row: OperatorScore) -> None:
         self._write(row.to_dict())
+        self.found[row.key] = row
+        self._longest = max(self._longest, row.seconds)
         self._complete = False
 
-    def end(self) -> None:
-        """Note that the run is complete, so that `OperatorScores.load` takes the file."""
-        if not self._complete:
+    def end(self, keys: Sequence[tuple[str, str]] = ()) -> None:
+        """Note that the run is complete, so that `OperatorScores.load` takes the file; parts become the whole, in the order of `keys`."""
+        if self.path is None or self._complete:
+            return
+        if self._parts():
+            rows = [self.found[key].to_dict() for key in keys]
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in (self.header, *rows, {END: True})))
+            for part in self._parts():
+                part.unlink(missing_ok=True)
+        elif self.processes == 1:
             self._write({END: True})
-            self._complete = True
+        self._complete = True
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self.path is None:
+        if self.path is None or (self.processes > 1 and not self._own.exists()):  # the whole file is there already
             return
-        with open(self.path, "ab") as file:
+        with open(self._own, "ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,25 +20,28 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .criteria import block_influence, magnitude, output_error, random_scores, taylor
+from .effort import EFFORTS, ROWS_IN_A_CALL, Budget, estimate_moves, sorts_of
 from .latents import (
     Condition,
     Job,
     decoder_call,
+    encoders_remembered,
     final_latents,
     find_denoiser,
     make_conditions,
     make_jobs,
     preserved,
     record_call,
+    run_to_latents,
     steps_argument,
 )
 from .operators import check_filters, find_operators
 from .plan import Modification, Operator, StandInSpec, is_inside
-from .profiling import run
+from .profiling import peak_memory, run
 from .replacements import stand_in_cost
 from .scores import LATENT_SHIFT, MEASURED_ALONE, OperatorScore, OperatorScores, RowFile, check_criterion
 from .surgery import applied, architecture_of, refuse_wrapped, weights_of
-from .trajectory import calibration_set, output_tensor
+from .trajectory import Moment, calibration_set, evenly, output_tensor, record_run
 
 Measure = Callable[[Operator, StandInSpec], dict[str, Any]]
 
@@ -59,16 +64,20 @@ def latent_distances(original: torch.Tensor, modified: torch.Tensor) -> tuple[fl
 class LatentSets:
     """Final latents of all conditions and seeds, as the sets that the score compares.
 
+    The text encoder and its like run once for all.
+
     Args:
-        jobs: the pipeline calls that make them. pooled: one set of all latents, instead of one set per condition.
+        component: the model that is modified. jobs: the pipeline calls that make them. pooled: one set of all latents, instead of one set per condition.
     """
 
-    def __init__(self, pipe: Any, jobs: Sequence[Job], conditions: int, pooled: bool) -> None:
-        self.pipe, self.jobs, self.conditions, self.pooled = pipe, jobs, conditions, pooled
+    def __init__(self, pipe: Any, component: str, jobs: Sequence[Job], conditions: int, pooled: bool) -> None:
+        self.pipe, self.component, self.jobs, self.conditions, self.pooled = pipe, component, jobs, conditions, pooled
+        self._encoded: dict[Any, Any] = {}
 
     def of_job(self, i: int) -> torch.Tensor:
         """What is compared of job `i`: (B, ...) float32 on the CPU."""
-        return final_latents(self.pipe, self.jobs[i].call, self.jobs[i].seeds)
+        with encoders_remembered(self.pipe, self.component, self._encoded):
+            return final_latents(self.pipe, self.jobs[i].call, self.jobs[i].seeds)
 
     def collect(self, on_job: Callable[[], None] | None = None) -> list[torch.Tensor]:
         """Run every job; one (n, ...) tensor per set.
@@ -98,8 +107,8 @@ class DecodedSets(LatentSets):
     The latents are made once; only the decoder runs again.
     """
 
-    def __init__(self, pipe: Any, jobs: Sequence[Job], conditions: int, pooled: bool, component: str) -> None:
-        super().__init__(pipe, jobs, conditions, pooled)
+    def __init__(self, pipe: Any, component: str, jobs: Sequence[Job], conditions: int, pooled: bool) -> None:
+        super().__init__(pipe, component, jobs, conditions, pooled)
         self.model: nn.Module = getattr(pipe, component)
         self.calls = [decoder_call(pipe, component, job.call, job.seeds) for job in jobs]
 
@@ -114,8 +123,8 @@ def output_sets(
     """The sets that the component is judged by: final latents for a denoiser, what it decodes for an autoencoder."""
     jobs = make_jobs(pipe, conditions, seeds, batch_size)
     if record_call(pipe, component, conditions[0]).method == "decode":
-        return DecodedSets(pipe, jobs, len(conditions), pooled, component)
-    return LatentSets(pipe, jobs, len(conditions), pooled)
+        return DecodedSets(pipe, component, jobs, len(conditions), pooled)
+    return LatentSets(pipe, component, jobs, len(conditions), pooled)
 
 
 def _modification(operator: Operator, spec: StandInSpec) -> Modification:
@@ -163,8 +172,10 @@ def score_operators(
     seed: int = 0,
     batch_size: int = 8,
     calibration: int = 64,
+    effort: str = "exact",
     given: Iterable[Modification] = (),
     resume_from: Any = None,
+    on_cost: Callable[[ScoringCost], None] | None = None,
     **call_kwargs: Any,
 ) -> OperatorScores:
     """Score every operator of a pipeline's denoiser by how much its removal changes the final latents.
@@ -190,9 +201,13 @@ def score_operators(
         batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside).
         calibration: how many inputs of the denoiser (a latent at a step) output-error, block-influence and taylor look at;
             they are spread over conditions and steps of the original runs.
+        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a hundredth and a five-hundredth
+            of its cost (see `effort` and docs/scoring.md). Estimates go by "latent-shift"; its parts are set equal.
         given: modifications that are in place while each operator is scored; the distances are those of all together from
             the unmodified model. Operators at or inside them are left out; one around some of them takes their place.
         resume_from: path of a file that the rows are written to one by one. If it exists, only what is missing is measured.
+            Processes of one launch (`accelerate launch`, `torchrun`) that are given the same path share the work.
+        on_cost: called with what the run will cost, from a short measurement, before it starts.
         **call_kwargs: arguments for every pipeline call (height, guidance_scale, image, ...).
 
     Returns:
@@ -212,6 +227,8 @@ def score_operators(
     for name, value in (("batch_size", batch_size), ("calibration", calibration)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected 1 or more")
+    given = tuple(given)
+    _check_effort(effort, criterion, given)
     quiet = bool(getattr(pipe, "_progress_bar_config", {}).get("disable", False))
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
@@ -220,7 +237,6 @@ def score_operators(
         model: nn.Module = getattr(pipe, component)
         refuse_wrapped(model)
         check_filters(model, include, exclude, kinds)
-        given = tuple(given)
         settings: dict[str, Any] = {
             "conditions": [{k: _digest(v) for k, v in c.items()} for c in conditions],
             "seeds": list(range(seed, seed + seeds)),
@@ -232,11 +248,12 @@ def score_operators(
             "device": str(getattr(model, "device", "")),
             **({"given": {m.path: m.stand_in.name for m in given}} if given else {}),
             **({"measured": criterion, "calibration": calibration} if criterion in MEASURED_ALONE else {}),
+            **({"effort": effort} if effort != "exact" else {}),
         }
         scores = OperatorScores(
             (), architecture_of(model), weights_of(model), type(model).__name__, component, settings, criterion
         )
-        rows = RowFile(resume_from, scores.header())
+        rows = RowFile(resume_from, scores.header(), *process())
         operators = find_operators(
             pipe, component=component, include=include, exclude=exclude, kinds=kinds, standins=standins,
             progress=not quiet, **conditions[0],
@@ -249,13 +266,137 @@ def score_operators(
             )
         run_of = {"conditions": conditions, "seeds": settings["seeds"], "batch_size": batch_size}
 
+        if on_cost is not None:
+            on_cost(_cost(pipe, component, todo, run_of, criterion, effort, calibration))
+
         def start() -> Measure:
+            if effort != "exact":
+                return _estimated(pipe, component, todo, run_of, pooled, effort, seed, quiet)
             if criterion in LATENT_SHIFT:
                 return _latent_shift(model, output_sets(pipe, component, **run_of, pooled=pooled), given)
             return _measured_alone(pipe, component, criterion, free, given, run_of, calibration, seed)
 
         measured = _measure(todo, start, rows, quiet)
     return replace(scores, rows=tuple(measured))
+
+
+def process() -> tuple[int, int]:
+    """(rank, number of processes) of the launch that this process belongs to."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _check_effort(effort: str, criterion: str, given: Sequence[Modification]) -> None:
+    if effort not in EFFORTS:
+        raise ValueError(f"effort: got {effort!r}, expected one of {list(EFFORTS)}")
+    if effort != "exact" and criterion not in LATENT_SHIFT:
+        raise ValueError(f"effort: got {effort!r} with criterion {criterion!r}; only latent shifts are estimated")
+    if effort != "exact" and given:
+        raise ValueError(
+            f"effort: got {effort!r}, what goes together with other removals is measured by effort='exact'"
+        )
+
+
+# ---- cost ------------------------------------------------------------------------------------------------------------
+
+
+class _CostKnown(BaseException):
+    """Ends a scoring run before it starts."""
+
+
+@dataclass(frozen=True)
+class ScoringCost:
+    """What a scoring run takes, predicted from one denoising run.
+
+    Attributes:
+        operators, rows: to score; a row is an operator with one stand-in. effort: how.
+        calls: of the denoiser. inputs: rows of their batches. seconds: on this device.
+        memory: the most that tensors hold at one time in the denoising runs, weights included, in bytes.
+    """
+
+    operators: int
+    rows: int
+    effort: str
+    calls: int
+    inputs: int
+    seconds: float
+    memory: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.operators} operators with {self.rows} stand-ins, effort {self.effort}: {self.inputs:,} denoiser inputs in "
+            f"{self.calls:,} calls, about {_duration(self.seconds)} and {self.memory / 1e6:,.0f} MB"
+        )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def score_cost(pipe: Any, conditions: Any = None, **how: Any) -> ScoringCost:
+    """What `score_operators` with the same arguments would take; nothing is scored.
+
+    Example:
+        >>> print(score_cost(pipe, num_inference_steps=25))
+        498 operators with 606 stand-ins, effort exact: ...
+    """
+    found: list[ScoringCost] = []
+
+    def stop(cost: ScoringCost) -> None:
+        found.append(cost)
+        raise _CostKnown
+
+    try:
+        score_operators(pipe, conditions, on_cost=stop, **how)
+    except _CostKnown:
+        pass
+    return found[0]
+
+
+def _cost(
+    pipe: Any,
+    component: str,
+    todo: Sequence[Any],
+    run_of: dict[str, Any],
+    criterion: str,
+    effort: str,
+    calibration: int,
+) -> ScoringCost:
+    """Measure one denoising run, or one decoding."""
+    model: nn.Module = getattr(pipe, component)
+    jobs = make_jobs(pipe, **run_of)
+    start = time.perf_counter()
+    moments, _ = record_run(pipe, model, jobs[0].call, jobs[0].seeds)
+    seconds = time.perf_counter() - start
+    if not moments:  # an autoencoder: its decoder runs once a latent
+        call = decoder_call(pipe, component, jobs[0].call, jobs[0].seeds)
+        start = time.perf_counter()
+        moments = [Moment(call, output_tensor(run(model, call)))]
+        seconds = time.perf_counter() - start
+    each = sum(len(m.output) for m in moments) / len(jobs[0].seeds)
+    latents = sum(len(job.seeds) for job in jobs)
+    rows, whole = len(todo), (len(todo) + 1) * latents * each
+    if criterion in ("magnitude", "random"):
+        inputs = 0.0
+    elif criterion in MEASURED_ALONE:
+        inputs = min(whole, calibration * each / len(moments) * (rows if criterion == "output-error" else 2))
+    else:
+        inputs = whole / EFFORTS[effort]
+    batch = sum(len(m.output) for m in moments) / len(moments)
+    return ScoringCost(
+        operators=len({operator.path for operator, _ in todo}),
+        rows=rows,
+        effort=effort,
+        calls=math.ceil(inputs / batch),
+        inputs=math.ceil(inputs),
+        seconds=seconds * inputs / (each * len(jobs[0].seeds)),
+        memory=peak_memory(model, moments[0].call),
+    )
+
+
+# ---- measurements ----------------------------------------------------------------------------------------------------
 
 
 def _others(given: Sequence[Modification], operator: Operator) -> list[Modification]:
@@ -273,6 +414,64 @@ def _latent_shift(model: nn.Module, sets: LatentSets, given: Sequence[Modificati
         return {"avg_dist": tuple(p[0] for p in pairs), "std_dist": tuple(p[1] for p in pairs)}
 
     return measure
+
+
+def _one_run(pipe: Any, model: nn.Module, call: Condition, seed: int) -> tuple[int, int]:
+    """(denoiser inputs, scheduler steps) that one latent takes."""
+    inputs = 0
+
+    def count(_: nn.Module, args: Any, output: Any) -> None:
+        nonlocal inputs
+        inputs += len(output_tensor(output))
+
+    handle = model.register_forward_hook(count)
+    try:
+        steps = run_to_latents(pipe, call, [seed])[2]
+    finally:
+        handle.remove()
+    return inputs, steps
+
+
+def _estimated(
+    pipe: Any,
+    component: str,
+    todo: Sequence[tuple[Operator, StandInSpec]],
+    run_of: dict[str, Any],
+    pooled: bool,
+    effort: str,
+    seed: int,
+    quiet: bool,
+) -> Measure:
+    """Estimates of all rows, and how sure they are, printed."""
+    if record_call(pipe, component, run_of["conditions"][0]).method == "decode":
+        raise ValueError(f"effort: got {effort!r} for {component!r}, which decodes; use effort='exact'")
+    model: nn.Module = getattr(pipe, component)
+    conditions, seeds = run_of["conditions"], run_of["seeds"]
+    inputs, steps = _one_run(pipe, model, conditions[0], seeds[0])
+    budget = Budget.of(effort, len(todo), len(sorts_of(todo)), len(conditions) * len(seeds), inputs)
+    chosen = evenly(conditions, budget.latents)
+    per_condition = max(1, round(budget.latents / len(chosen)))
+    jobs = make_jobs(pipe, chosen, seeds[:per_condition], min(run_of["batch_size"], ROWS_IN_A_CALL))
+    with tqdm(
+        total=budget.sorts + budget.refined, desc="trajectory errors", unit="op", disable=quiet, leave=False
+    ) as bar:
+        estimates = estimate_moves(pipe, model, jobs, todo, budget, seed, steps, bar.update)
+    if not quiet and budget.latents > 1:
+        sure = ", ".join(f"{100 * estimates.agreement(k):.0f}% of {k}" for k in (10, 20, 30, 42) if k < len(todo))
+        print(f"lowest rows that two halves of the linear estimates agree on: {sure}", file=sys.stderr)
+    # Of n latents that move independently by m each: avg_dist = std_dist = m / sqrt(n).
+    n = len(seeds) * (len(conditions) if pooled else 1)
+    sets = 1 if pooled else len(conditions)
+    shifts = (sets * estimates.moves / math.sqrt(n)).tolist()
+    by_row = {(o.path, s.name): shift for (o, s), shift in zip(todo, shifts, strict=True)}
+
+    def look_up(operator: Operator, spec: StandInSpec) -> dict[str, Any]:
+        shift = by_row[operator.path, spec.name]
+        if not math.isfinite(shift):
+            raise FloatingPointError("no finite estimate; score it with effort='exact'")
+        return {"avg_dist": (shift,), "std_dist": (shift if n > 1 else 0.0,)}
+
+    return look_up
 
 
 def _measured_alone(
@@ -308,19 +507,17 @@ def _measure(
     todo: Sequence[tuple[Operator, StandInSpec]], start: Callable[[], Measure], rows: RowFile, quiet: bool
 ) -> list[OperatorScore]:
     """One row per (operator, stand-in), from the file where it has one; `start` is called if any is missing."""
-    missing = [(o, s) for o, s in todo if (o.path, s.name) not in rows.found]
-    found = dict(rows.found)
+    by_key = {(o.path, s.name): (o, s) for o, s in todo}
+    missing = [key for key in by_key if key not in rows.found]
     if missing:
         measure = start()
-        with tqdm(total=len(todo), initial=len(found), desc="scoring", unit="op", disable=quiet) as bar:
-            for operator, spec in missing:
-                bar.set_postfix_str(operator.path[-40:], refresh=False)
-                row = _measure_one(operator, spec, measure)
-                rows.append(row)
-                found[row.key] = row
+        with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="scoring", unit="op", disable=quiet) as bar:
+            for key in rows.pending(missing):
+                bar.set_postfix_str(key[0][-40:], refresh=False)
+                rows.append(_measure_one(*by_key[key], measure))
                 bar.update()
-    rows.end()
-    return [found[o.path, s.name] for o, s in todo]
+    rows.end(list(by_key))
+    return [rows.found[key] for key in by_key]
 
 
 def _measure_one(operator: Operator, spec: StandInSpec, measure: Measure) -> OperatorScore:

@@ -214,28 +214,22 @@ def sweep(
     judge = Judge(settings, kind, (metric,))
     rows_file = _Rows(output / "rows.json", _header(scores, criterion, metric, settings))
     reference = open_reference(settings, kind, output, getattr(pipe, "mel", None))
-    details: Measurement | None = None
-    for k, plan in ((0, None), *plans.items()):
+
+    def measured(k: int, plan: PruningPlan | None) -> Measurement:
         folder = output / f"k{k:04d}"
-        if rows_file.done(k) and details is not None:
-            continue
         _generate(pipe, plan, folder, settings)
-        samples = open_samples(folder, kind).subset(settings.n)
-        details = judge.measure(metric, f"k = {k}", samples, reference)
+        return judge.measure(metric, f"k = {k}", open_samples(folder, kind).subset(settings.n), reference)
+
+    original = measured(0, None)
+    for k, plan in ((0, None), *plans.items()):
         if not rows_file.done(k):
+            found = measured(k, plan) if k else original
+            cost, resamples = _costs(pipe, plan, settings), tuple(found.details.get("bootstrap", ()))
             rows_file.add(
-                SweepRow(
-                    k,
-                    details.value,
-                    details.uncertainty or 0.0,
-                    **_costs(pipe, plan, settings),
-                    n=details.n or 0,
-                    resamples=tuple(details.details.get("bootstrap", ())),
-                )
+                SweepRow(k, found.value, found.uncertainty or 0.0, **cost, n=found.n or 0, resamples=resamples)
             )
-    assert details is not None
     result = Sweep(
-        pipeline, METRICS[metric].title, details.extractor, details.dataset, METRICS[metric].higher_is_better, tolerance,
+        pipeline, METRICS[metric].title, original.extractor, original.dataset, METRICS[metric].higher_is_better, tolerance,
         tuple(rows_file.rows[k] for k in (0, *plans)), device_text(pick_device(settings.device), settings.dtype),
         settings.command,
     ).judged()  # fmt: skip

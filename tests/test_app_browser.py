@@ -98,7 +98,7 @@ def test_a_prompt_gives_two_pictures_and_their_costs(open_page):
     assert [card.split("\n")[0] for card in cards] == ["Original", "k = 3"]
     for card in cards:
         for what, unit in (("Parameters", "M"), ("MACs of one call", "G"), ("Time of one call", "ms")):
-            assert re.search(rf"{what}\s+[\d.e+-]+ {unit}", card), card
+            assert re.search(rf"{what}\s+[\d.,]+ {unit}", card), card
     assert "−" in cards[1] and "Taken out: 3 operators." in page.locator("#costs-pictures").inner_text()
 
 

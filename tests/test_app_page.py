@@ -260,10 +260,15 @@ def test_the_figure_names_the_model_and_comes_in_both_themes(app_config):
     assert "every operator of Tiny" in html
 
 
+def test_numbers_are_plain():
+    numbers = {0.02163: "0.0216", 65.04: "65", 1234.5: "1,230", 8.139: "8.14", 140.2: "140"}
+    assert {value: page.plain(value) for value in numbers} == numbers
+
+
 def test_costs_are_shown_as_measured(app_config):
     comparer = Comparer(replace(app_config, models=app_config.models[:1]), "cpu")
     comparison = comparer.compare(Request(**ASKED, version=BY_SCORE))
     html = page.costs_html(comparison)
     for column in comparison.columns:
-        assert f"{column.cost.params / 1e6:.3g} M" in html and f"{column.cost.call_ms:.3g} ms" in html
+        assert f"{page.plain(column.cost.params / 1e6)} M" in html and f"{page.plain(column.cost.call_ms)} ms" in html
     assert "Taken out: 3 operators." in html and "3 convolution" in html

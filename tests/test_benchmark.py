@@ -212,9 +212,11 @@ def test_settings_that_make_no_sense(changes, message):
 
 
 def test_the_command_writes_everything(tmp_path, capsys):
+    flags = {"data_free": 2, "data_free_steps": 1, "train_batch_size": 2}
+    (tmp_path / "kd.yaml").write_text(json.dumps(flags))
     options = [
-        "--macs", "0.1", "--ways", "latent-shift:ratio", "no-mid-block", "--kinds", "FeedForward", "--prompt", "pizza",
-        "--num-inference-steps", "1", "--seeds", "1", "--guidance-scale", "1", "--test-seeds", "2",
+        "--macs", "0.1", "--ways", "latent-shift:ratio", "--kinds", "FeedForward", "--prompt", "pizza", "--num-inference-steps", "1",
+        "--seeds", "1", "--guidance-scale", "1", "--test-seeds", "2", "--after-kd", "1", "--kd-config", str(tmp_path / "kd.yaml"),
     ]  # fmt: skip
     assert cli.main(["benchmark", "demo:emoji", "-o", str(tmp_path), *options]) == 0
     out = capsys.readouterr().out
@@ -222,4 +224,11 @@ def test_the_command_writes_everything(tmp_path, capsys):
         "| macs -10% | **latent-shift:ratio** | one-shot |" in out and (tmp_path / "benchmark.md").read_text() in out
     )
     names = {p.name for p in tmp_path.iterdir()}
-    assert {"benchmark.csv", "damage_against_speed_up.png", "psnr_against_speed_up.png", "results.jsonl"} <= names
+    assert {
+        "benchmark.csv",
+        "damage_against_speed_up.png",
+        "psnr_against_speed_up.png",
+        "results.jsonl",
+        "distilled",
+    } <= names
+    assert "damage_against_speed_up_after_1_steps.png" in names

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ld_pruner_hf import OperatorScores, PruningPlan, cli, plan_of
+from ld_pruner_hf import OperatorScores, PruningPlan, cli, plan_of, reporting
 from ld_pruner_hf.demo import job, load
 from ld_pruner_hf.latents import final_latents, preserved
 from ld_pruner_hf.loading import load_pipeline
@@ -76,6 +76,18 @@ def test_score_does_not_mix_settings(scored, capsys):
     line = error_of(capsys, "score", "demo:emoji", "-o", scored, *SCORING, "--seed", "7")
     assert "made by another run" in line
     assert (scored / "scores.jsonl").read_bytes() == before
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(tmp_path, capsys):
+    code, out, _ = run(capsys, "score", "demo:emoji", "-o", tmp_path / "out", *SCORING, "--dry-run")
+    assert code == 0 and "effort exact" in out and "denoiser inputs" in out and out.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_score_tells_its_cost_and_takes_an_effort(tmp_path, capsys):
+    code, _, err = run(capsys, "score", "demo:emoji", "-o", tmp_path, *SCORING, "--effort", "fast")
+    assert code == 0 and "effort fast" in err
+    assert OperatorScores.load(tmp_path / "scores.jsonl").settings["effort"] == "fast"
 
 
 def test_prompts_come_from_a_file(tmp_path, capsys):
@@ -390,7 +402,7 @@ def test_demo_measures_what_it_prunes(demo_folder):
 def test_demo_pictures_are_those_of_the_pruned_pipelines(demo_folder):
     folder, result = demo_folder
     pruned = DiffusionPipeline.from_pretrained(folder / "pruned")
-    pictures = job.draw(pruned, job.PROMPTS["emoji"][:2], 1, result.settings.guidance_scale)
+    pictures = reporting.draw(pruned, job.picture_options(pruned, result.settings), job.PROMPTS["emoji"], 2)
     shown = result.pictures["latent-shift"]
     assert [p.tobytes() for p in pictures] == [p.tobytes() for p in shown["k = 2"]]
     assert [p.tobytes() for p in pictures] != [p.tobytes() for p in shown["original"]]
@@ -409,3 +421,26 @@ def test_demo_refuses_an_impossible_k_before_it_scores(tmp_path, capsys):
     code, _, err = run(capsys, "demo", "-o", tmp_path / "out", "--k", "99999", "--device", "cpu")
     assert code == 2 and "k: got 99999" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["clothing", "digits"])
+def test_demo_of_an_unconditional_pipeline(name, tmp_path, capsys):
+    if name == "digits":
+        pytest.importorskip("librosa")
+    options = ["--k", "2", "--num-inference-steps", "1", "--seeds", "1", "--picture-steps", "1", "--device", "cpu"]
+    include = ["--include", "mid_block.resnets.0.*"]
+    code, out, _ = run(capsys, "demo", "--pipeline", name, "-o", tmp_path, *options, *include)
+    assert code == 0 and "index.html" in out
+    page = (tmp_path / "index.html").read_text()
+    assert "<b>equal, bit for bit, to</b>" in page and "seed 5, k = 2" in page and "3 seeds, 1 denoising steps" in page
+    assert "guidance" not in page.partition("<h2>Settings")[0]
+    scores = OperatorScores.load(tmp_path / "scores.jsonl")
+    assert scores.settings["seeds"] == [0, 1, 2] and not any(row.error for row in scores)
+    original, pruned = (
+        Image.open(tmp_path / "grid_latent-shift.png").crop(box) for box in ((0, 0, 200, 200), (200, 0, 400, 200))
+    )
+    assert original.tobytes() != pruned.tobytes()
+
+
+def test_demo_refuses_an_unknown_pipeline(tmp_path, capsys):
+    assert "invalid choice: 'dogs'" in error_of(capsys, "demo", "--pipeline", "dogs", "-o", tmp_path / "out")

@@ -16,21 +16,22 @@ LEVELS = {
     "scores": 1, "replacements": 1, "latents": 1, "loading": 1, "evaluation.results": 1, "evaluation.extractors": 1,
     "surgery": 2, "selection": 2, "evaluation.metrics": 2,
     "profiling": 3, "modeling": 3,
-    "operators": 4, "stock": 4, "fitting": 4, "trajectory": 4, "measurements": 4, "remote_code": 4,
+    "watching": 4, "stock": 4, "fitting": 4, "trajectory": 4, "measurements": 4, "remote_code": 4,
     "evaluation.generation": 4, "evaluation.speed": 4,
-    "criteria": 5, "presets": 5, "features": 5, "distillation": 5, "evaluation.run": 5,
-    "scoring": 6, "evaluation": 6,
-    "additivity": 7, "lora": 7, "planning": 7, "report": 7,
-    "pipeline": 8, "cards": 8,
-    "benchmark": 9, "sweep": 9, "publication": 9, "app.config": 9,
-    "curves": 10, "hub": 10, "reporting": 10, "app.compare": 10,
-    "demo.job": 11, "app.page": 11,
-    "cli.common": 12, "app": 12,
-    "cli.output": 13, "cli.evaluate": 13,
-    "cli": 15,
-    "__init__": 16, "__main__": 16,
+    "operators": 5, "criteria": 5, "linear": 5, "presets": 5, "distillation": 5, "evaluation.run": 5,
+    "features": 6, "effort": 6,
+    "scoring": 7, "evaluation": 7,
+    "additivity": 8, "lora": 8, "planning": 8, "report": 8,
+    "pipeline": 9, "cards": 9,
+    "benchmark": 10, "sweep": 10, "publication": 10, "app.config": 10,
+    "curves": 11, "hub": 11, "reporting": 11, "app.compare": 11,
+    "demo.job": 12, "app.page": 12,
+    "cli.common": 13, "app": 13,
+    "cli.output": 14, "cli.evaluate": 14, "cli.distill": 14,
+    "cli": 16,
+    "__init__": 17, "__main__": 17,
 }  # fmt: skip
-LEVELS |= {f"cli.{path.stem}": 14 for path in (PACKAGE / "cli").glob("[!_]*.py") if f"cli.{path.stem}" not in LEVELS}
+LEVELS |= {f"cli.{path.stem}": 15 for path in (PACKAGE / "cli").glob("[!_]*.py") if f"cli.{path.stem}" not in LEVELS}
 
 
 def name_of(path: Path) -> str:

@@ -16,7 +16,7 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline
 
-from ld_pruner_hf import OperatorScores, PlanError, scoring
+from ld_pruner_hf import OperatorScores, PlanError, score_cost, scoring
 from ld_pruner_hf.latents import make_jobs, preserved
 from ld_pruner_hf.operators import find_operators
 from ld_pruner_hf.replacements import StandIn
@@ -139,7 +139,7 @@ def test_pooled_compares_one_set(pipe):
 def test_latents_go_to_the_set_of_their_condition(pipe):
     conditions = [{"prompt": p, "num_inference_steps": 1} for p in tiny.PROMPTS]
     with preserved(pipe):
-        sets = [LatentSets(pipe, make_jobs(pipe, conditions, [0, 1], n), 3, False).collect() for n in (1, 4)]
+        sets = [LatentSets(pipe, "unet", make_jobs(pipe, conditions, [0, 1], n), 3, False).collect() for n in (1, 4)]
     assert [s.shape for s in sets[0]] == [(2, 4, 8, 8)] * 3
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*sets, strict=True))
 
@@ -404,6 +404,66 @@ def test_a_killed_run_goes_on_where_it_was(pipe, tmp_path, monkeypatch):
     resumed = pipe.score("pizza", resume_from=path, **QUICK)
     assert measured == [r.path for r in whole.rows[5:]] and measured
     assert numbers(resumed) == numbers(whole)
+
+
+# ---- cost ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_text_encoder_runs_once_for_all_operators(pipe, monkeypatch):
+    calls = []
+    forward = pipe.text_encoder.forward
+    monkeypatch.setattr(pipe.text_encoder, "forward", lambda *a, **k: (calls.append(1), forward(*a, **k))[1])
+    with_guidance = pipe.score("pizza", **QUICK)
+    assert len(with_guidance) > 5
+    finding = 2  # find_operators makes a call of its own: the prompt, and the empty one
+    assert len(calls) <= finding + 3, (
+        "once for the prompt and once for the empty one, whatever the number of operators"
+    )
+
+
+def test_an_encoder_that_is_scored_itself_is_not_remembered(pipe):
+    scores = pipe.score("pizza", component="text_encoder", num_inference_steps=1, kinds="LayerNorm")
+    assert len({r.score() for r in scores if not r.error}) > 1
+
+
+def test_the_cost_is_told_before_anything_is_scored(pipe, monkeypatch):
+    measured = count_measured(monkeypatch)
+    call = {**QUICK, "conditions": ["pizza", "red heart"], "seeds": 2}
+    cost = score_cost(pipe, **call)
+    assert not measured
+    told = []
+    scores = pipe.score(on_cost=told.append, **call)
+    rows = len(scores)
+    assert (cost.operators, cost.rows) == (told[0].operators, told[0].rows) == (len(scores.ranked()), rows)
+    assert cost.inputs == (rows + 1) * 2 * 2 * 2 * 2, "prompts x seeds x steps x guidance, and the original"
+    assert cost.calls == (rows + 1) * 2 and cost.seconds > 0 and cost.memory > 1000
+    text = str(cost)
+    assert f"{cost.operators} operators with {rows} stand-ins, effort exact" in text and "MB" in text
+
+
+def test_the_predicted_time_is_about_what_it_takes(pipe):
+    call = {**QUICK, "conditions": "pizza", "num_inference_steps": 8}
+    told = []
+    scores = pipe.score(on_cost=told.append, **call)
+    assert 0.2 < sum(r.seconds for r in scores) / told[0].seconds < 5
+
+
+@pytest.mark.parametrize(
+    ("how", "compare"),
+    [
+        ({"effort": "fast"}, lambda cheap, whole: cheap.inputs * 500 <= whole.inputs + 500),
+        ({"criterion": "magnitude"}, lambda cheap, whole: cheap.inputs == 0),
+        ({"criterion": "taylor", "calibration": 2}, lambda cheap, whole: 0 < cheap.inputs < whole.inputs / 10),
+    ],
+)
+def test_the_cost_of_other_ways(pipe, how, compare):
+    call = {**QUICK, "conditions": tiny.PROMPTS}
+    assert compare(score_cost(pipe, **call, **how), score_cost(pipe, **call))
+
+
+def test_the_cost_of_a_decoder(pipe):
+    cost = score_cost(pipe, "pizza", component="vae", num_inference_steps=1, include="decoder.mid_block", seeds=2)
+    assert cost.inputs == (cost.rows + 1) * 2
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

@@ -14,26 +14,42 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 import yaml
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AudioDiffusionPipeline,
+    AutoencoderKL,
+    DDIMScheduler,
+    LDMPipeline,
+    Mel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.training_utils import EMAModel, compute_snr
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ld_pruner_hf import demo
+
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
-def load_rows(path, recipe):
-    """The data set's rows that the recipe uses, with a column `weight`: how often a row is drawn."""
+def load_rows(path, recipe, columns=("image",)):
+    """The data set's rows that the recipe uses, with a column `weight`: how often a row is drawn.
+
+    Raises:
+        ValueError: one of `columns` is missing, or no row is left.
+    """
     rows = pd.read_parquet(path)
-    missing = {"image", "caption"} - set(rows.columns)
+    missing = set(columns) - set(rows.columns)
     if missing:
         raise ValueError(f"{path}: no column {sorted(missing)}; it has {list(rows.columns)}")
     if recipe.get("skip_column"):
@@ -42,18 +58,25 @@ def load_rows(path, recipe):
         raise ValueError(f"{path}: no rows are left to train on")
     weights = recipe.get("category_weights", {})
     rows["weight"] = [weights.get(c, 1.0) for c in rows.get("category", pd.Series([""] * len(rows)))]
-    rows.loc[rows["caption"].str.count(" ") > 1, "weight"] *= recipe.get("long_name_weight", 1.0)
-    rows.loc[rows["caption"].isin(recipe.get("favourites", [])), "weight"] = recipe.get("favourite_weight", 1.0)
+    if "caption" in columns:
+        rows.loc[rows["caption"].str.count(" ") > 1, "weight"] *= recipe.get("long_name_weight", 1.0)
+        rows.loc[rows["caption"].isin(recipe.get("favourites", [])), "weight"] = recipe.get("favourite_weight", 1.0)
     return rows
 
 
-def load_images(rows, resolution):
-    """Pixels in [-1, 1], (N, 3, resolution, resolution)."""
-    images = torch.empty(len(rows), 3, resolution, resolution)
+def load_images(rows, resolution, mode="RGB"):
+    """Pixels in [-1, 1], (N, C, resolution, resolution); C is 3 for mode "RGB", 1 for "L"."""
+    images = torch.empty(len(rows), len(mode), resolution, resolution)
     for i, cell in enumerate(rows["image"]):
-        image = Image.open(io.BytesIO(cell["bytes"])).convert("RGB").resize((resolution, resolution), Image.LANCZOS)
-        images[i] = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
+        image = Image.open(io.BytesIO(cell["bytes"])).convert(mode).resize((resolution, resolution), Image.LANCZOS)
+        pixels = torch.from_numpy(np.array(image)).view(resolution, resolution, len(mode))
+        images[i] = pixels.permute(2, 0, 1) / 127.5 - 1
     return images
+
+
+def spread(images, count=1024):
+    """About `count` of the images, evenly from the first to the last."""
+    return images[:: max(1, len(images) // count)]
 
 
 def step_generator(seed, step):
@@ -206,23 +229,33 @@ def whiten_(vae, images, batch_size=64):
     vae.register_to_config(scaling_factor=1.0)
 
 
-def train_autoencoder(recipe, images, probabilities, out, limits):
+def build_autoencoder(recipe):
     config = recipe["autoencoder"]
-    vae = AutoencoderKL(sample_size=recipe["resolution"], **config["config"])
-    vae.train()
+    if "init_from" in config:
+        return AutoencoderKL.from_pretrained(demo.path(config["init_from"]), subfolder="vae", dtype=torch.float32)
+    return AutoencoderKL(sample_size=recipe["resolution"], **config["config"])
+
+
+def train_autoencoder(recipe, images, probabilities, out, limits, bf16):
+    config = recipe["autoencoder"]
+    batch = config.get("train_batch_size", recipe["train_batch_size"])
+    vae = build_autoencoder(recipe).train()
 
     def loss_fn(step, generator):
-        x = images[torch.multinomial(probabilities, recipe["train_batch_size"], replacement=True, generator=generator)]
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)).sample
+        x = images[torch.multinomial(probabilities, batch, replacement=True, generator=generator)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            posterior = vae.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         return F.l1_loss(y, x) + F.mse_loss(y, x) + config["kl_weight"] * posterior.kl().mean()
 
     averaged, summary = train({"vae": vae}, loss_fn, out=out, seed=recipe["seed"], config=config, **limits)
     vae = averaged["vae"]
-    whiten_(vae, images)
+    sample = spread(images)
+    whiten_(vae, sample)
     with torch.no_grad():
         error = [
-            F.mse_loss(vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1), x) for x in images.split(64)
+            F.mse_loss(vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1), x) for x in sample.split(64)
         ]
     summary["psnr_db"] = round(float(10 * torch.log10(4 / torch.stack(error).mean())), 2)
     vae.save_pretrained(out / "vae")
@@ -230,7 +263,150 @@ def train_autoencoder(recipe, images, probabilities, out, limits):
     return vae
 
 
-# ---- stage 2: denoiser -----------------------------------------------------------------------------------------------
+# ---- the three tasks -------------------------------------------------------------------------------------------------
+
+
+class TextToImage:
+    """Pictures from captions: Stable Diffusion."""
+
+    pipeline_class = StableDiffusionPipeline
+    load_options: ClassVar = {"safety_checker": None}
+    autoencoder = "vae"
+    mode = "RGB"
+    columns = ("image", "caption")
+
+    def __init__(self, recipe, rows):
+        self.recipe = recipe
+        self.captions = rows["caption"].tolist()
+        self.keywords = [list(k) for k in rows.get("keywords", [[]] * len(rows))]
+
+    def build(self, vae, folder):
+        """A pipeline with an untrained U-Net and text encoder; what must outlive a broken run is kept in `folder`."""
+        config = self.recipe["diffusion"]
+        if not (folder / "tokenizer").exists():  # training one twice may number equally frequent pairs differently
+            train_tokenizer(self.captions, config).save_pretrained(folder / "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        text_config = CLIPTextConfig(
+            vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, **config["text_encoder"],
+        )  # fmt: skip
+        latent_channels = vae.config.latent_channels
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=CLIPTextModel(text_config),
+            tokenizer=tokenizer,
+            unet=UNet2DConditionModel(in_channels=latent_channels, out_channels=latent_channels, **config["unet"]),
+            scheduler=DDIMScheduler(**config["scheduler"]),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def with_models(self, pipe, models):
+        return StableDiffusionPipeline(**{**pipe.components, **models}, requires_safety_checker=False)
+
+    def models(self, pipe):
+        """What trains, by the names of the pipeline's components."""
+        return {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+
+    def conditions(self, pipe, index, generator):
+        """The denoiser's arguments for these rows, apart from noisy latents and timesteps."""
+        uniform = torch.rand(len(index), 3, generator=generator).tolist()
+        ids = pipe.tokenizer(
+            [self._caption(i, u) for i, u in zip(index.tolist(), uniform, strict=True)],
+            padding="max_length",
+            max_length=pipe.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return {"encoder_hidden_states": pipe.text_encoder(ids)[0]}
+
+    def _caption(self, i, u):
+        if u[0] < self.recipe["caption_dropout"]:
+            return ""
+        if self.keywords[i] and u[1] < self.recipe["keyword_probability"]:
+            return self.keywords[i][int(u[2] * len(self.keywords[i]))]
+        return self.captions[i]
+
+    def draw(self, pipe, validation):
+        """One picture a validation prompt, the i-th from seed i."""
+        prompts = validation["prompts"]
+        return pipe(
+            prompts,
+            num_inference_steps=validation["num_inference_steps"],
+            guidance_scale=validation["guidance_scale"],
+            generator=seeded(len(prompts)),
+        ).images
+
+
+class UnconditionalImage:
+    """Pictures from noise alone: latent diffusion (LDM)."""
+
+    pipeline_class = LDMPipeline
+    load_options: ClassVar = {}
+    autoencoder = "vqvae"
+    mode = "RGB"
+    columns = ("image",)
+
+    def __init__(self, recipe, rows):
+        self.recipe = recipe
+
+    def build(self, vae, folder):
+        """A pipeline with an untrained U-Net."""
+        config = self.recipe["diffusion"]
+        latent_channels = vae.config.latent_channels
+        return self.pipeline_class(
+            vqvae=vae,
+            unet=UNet2DModel(in_channels=latent_channels, out_channels=latent_channels, **config["unet"]),
+            scheduler=DDIMScheduler(**config["scheduler"]),
+            **self.other_components(),
+        )
+
+    def other_components(self):
+        return {}
+
+    def with_models(self, pipe, models):
+        return self.pipeline_class(**{**pipe.components, **models})
+
+    def models(self, pipe):
+        return {"unet": pipe.unet}
+
+    def conditions(self, pipe, index, generator):
+        return {}
+
+    def draw(self, pipe, validation):
+        """Pictures from the seeds 0, 1, ..."""
+        count, steps = validation["samples"], validation["num_inference_steps"]
+        return pipe(batch_size=count, generator=seeded(count), num_inference_steps=steps).images
+
+
+class UnconditionalAudio(UnconditionalImage):
+    """Sound from noise alone: log-mel spectrograms, drawn as grey pictures."""
+
+    pipeline_class = AudioDiffusionPipeline
+    mode = "L"
+
+    def other_components(self):
+        return {"mel": Mel(**self.recipe["mel"])}
+
+    def draw(self, pipe, validation):
+        """Spectrograms from the seeds 0, 1, ..."""
+        count, steps = validation["samples"], validation["num_inference_steps"]
+        return pipe(batch_size=count, generator=seeded(count), steps=steps).images
+
+
+TASKS = {
+    "text-to-image": TextToImage,
+    "unconditional-image": UnconditionalImage,
+    "unconditional-audio": UnconditionalAudio,
+}
+
+
+def task_of(recipe, path):
+    """The class of the recipe's task."""
+    if recipe.get("task") not in TASKS:
+        raise ValueError(f"{path}: task: got {recipe.get('task')!r}, expected one of {list(TASKS)}")
+    return TASKS[recipe["task"]]
 
 
 def train_tokenizer(captions, config):
@@ -239,98 +415,65 @@ def train_tokenizer(captions, config):
     return blank.train_new_from_iterator(captions, vocab_size=config["tokenizer_vocab_size"])
 
 
-def build_pipeline(recipe, vae, captions, tokenizer_dir):
-    config = recipe["diffusion"]
-    if not tokenizer_dir.exists():  # kept: training one twice may number equally frequent pairs differently
-        train_tokenizer(captions, config).save_pretrained(tokenizer_dir)
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **config["text_encoder"],
-    )  # fmt: skip
-    latent_channels = vae.config.latent_channels
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text_config),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(in_channels=latent_channels, out_channels=latent_channels, **config["unet"]),
-        scheduler=DDIMScheduler(**config["scheduler"]),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+def seeded(count):
+    """A generator a sample, with the seeds 0 to count - 1."""
+    return [torch.Generator().manual_seed(i) for i in range(count)]
 
 
-def sample_sheet(pipe, validation, seed=0, columns=8):
-    """One picture of all validation prompts, eight in a row."""
-    prompts = validation["prompts"]
-    pipe.set_progress_bar_config(disable=True)
-    pictures = pipe(
-        prompts,
-        num_inference_steps=validation["num_inference_steps"],
-        guidance_scale=validation["guidance_scale"],
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
-    ).images
+def sheet(pictures, columns=8):
+    """One picture of all, eight in a row."""
     w, h = pictures[0].size
-    sheet = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h), "white")
+    whole = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h), "white")
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * w, i // columns * h))
-    return sheet
+        whole.paste(picture, (i % columns * w, i // columns * h))
+    return whole
 
 
-def train_denoiser(recipe, pipe, images, rows, probabilities, out, limits, compile_unet, bf16):
+# ---- stage 2: denoiser -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode(vae, images, bf16):
+    """The images' latents, (N, C, h, w) float32: means, for a channel that the decoder ignores would be loud noise else."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        latents = [vae.encode(x).latent_dist.mean for x in tqdm(images.split(64), desc="latents")]
+    return torch.cat(latents).float()
+
+
+def train_denoiser(task, pipe, images, probabilities, out, limits, compile_unet, bf16):
+    recipe = task.recipe
     config, batch = recipe["diffusion"], recipe["train_batch_size"]
-    captions, keywords = rows["caption"].tolist(), [list(k) for k in rows.get("keywords", [[]] * len(rows))]
-    with torch.no_grad():
-        moments = [pipe.vae.encode(x).latent_dist for x in tqdm(images.split(64), desc="latents")]
-    mean, std = torch.cat([m.mean for m in moments]), torch.cat([m.std for m in moments])
-    scheduler, unet, text_encoder = pipe.scheduler, pipe.unet.train(), pipe.text_encoder.train()
-    forward = torch.compile(unet) if compile_unet else unet
-
-    def caption(i, u):
-        if u[0] < recipe["caption_dropout"]:
-            return ""
-        if keywords[i] and u[1] < recipe["keyword_probability"]:
-            return keywords[i][int(u[2] * len(keywords[i]))]
-        return captions[i]
+    encoded = encode(getattr(pipe, task.autoencoder), images, bf16)
+    models = {name: model.train() for name, model in task.models(pipe).items()}
+    scheduler, forward = pipe.scheduler, torch.compile(pipe.unet) if compile_unet else pipe.unet
 
     def loss_fn(step, generator):
         index = torch.multinomial(probabilities, batch, replacement=True, generator=generator)
-        uniform = torch.rand(batch, 3, generator=generator).tolist()
-        text = [caption(i, u) for i, u in zip(index.tolist(), uniform, strict=True)]
-        ids = pipe.tokenizer(
-            text,
-            padding="max_length",
-            max_length=pipe.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        latents = mean[index] + std[index] * torch.randn(mean[index].shape, generator=generator)  # (B, C, h, w)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            conditions = task.conditions(pipe, index, generator)
+        latents = encoded[index]
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch,), generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = scheduler.get_velocity(latents, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            text_states = text_encoder(ids)[0]
-            prediction = forward(noisy, timesteps, text_states, return_dict=False)[0].float()
+            prediction = forward(noisy, timesteps, **conditions, return_dict=False)[0].float()
         snr = compute_snr(scheduler, timesteps)
         # Min-SNR (2303.09556) with SNR + 1 for SNR: in terms of x_0, weights from 1 at pure noise up to gamma. Noisy steps
-        # decide an emoji's shape, and the first of them starts from no signal at all (zero terminal SNR).
+        # decide a picture's shape, and the first of them starts from no signal at all (zero terminal SNR).
         weight = (snr + 1).clamp(max=config["snr_gamma"]) / (snr + 1)
         return ((prediction - target).pow(2).mean(dim=(1, 2, 3)) * weight).mean()
 
-    def with_averaged(averaged):
-        return StableDiffusionPipeline(**{**pipe.components, **averaged}, requires_safety_checker=False)
-
     def on_checkpoint(averaged, step):
-        sample_sheet(with_averaged(averaged), recipe["validation"]).save(out / f"samples_{step:06d}.png")
+        averaged_pipe = task.with_models(pipe, averaged)
+        averaged_pipe.set_progress_bar_config(disable=True)
+        sheet(task.draw(averaged_pipe, recipe["validation"])).save(out / f"samples_{step:06d}.png")
 
-    models = {"unet": unet, "text_encoder": text_encoder}
     averaged, summary = train(
         models, loss_fn, out=out, seed=recipe["seed"] + 1, config=config, on_checkpoint=on_checkpoint, **limits
     )
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
-    return with_averaged(averaged)
+    return task.with_models(pipe, averaged)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -339,7 +482,9 @@ def train_denoiser(recipe, pipe, images, rows, probabilities, out, limits, compi
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, required=True, help="a YAML file of training/recipes")
-    parser.add_argument("--train_data", type=Path, required=True, help="parquet file with columns image and caption")
+    parser.add_argument(
+        "--train_data", type=Path, required=True, help="parquet file with a column image (and caption)"
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--init_from", type=Path, help="a pipeline folder to start from (skips the autoencoder stage)")
     parser.add_argument("--max_train_steps", type=int, help="of each stage; default: the recipe's")
@@ -359,29 +504,33 @@ def main(argv=None):
         for stage in ("autoencoder", "diffusion"):
             recipe[stage]["max_train_steps"] = args.max_train_steps
     limits = {"max_minutes": args.max_minutes, "checkpoint_minutes": args.checkpoint_minutes}
+    bf16 = args.mixed_precision == "bf16"
     torch.manual_seed(recipe["seed"])
-    rows = load_rows(args.train_data, recipe)
-    images = load_images(rows, recipe["resolution"])
+    task_class = task_of(recipe, args.recipe)
+    if args.init_from and not (args.init_from / "model_index.json").is_file():
+        raise ValueError(
+            f"--init_from: {args.init_from} is no pipeline's folder; expected one with a model_index.json"
+        )
+    rows = load_rows(args.train_data, recipe, task_class.columns)
+    images = load_images(rows, recipe["resolution"], task_class.mode)
     probabilities = torch.tensor(rows["weight"].to_numpy(), dtype=torch.float32)
     print(f"{len(rows)} images from {args.train_data}")
+    task = task_class(recipe, rows)
     for stage in ("autoencoder", "denoiser"):
         (args.output_dir / stage).mkdir(parents=True, exist_ok=True)
 
     if args.init_from:
-        pipe = StableDiffusionPipeline.from_pretrained(args.init_from, safety_checker=None)
+        pipe = task.pipeline_class.from_pretrained(args.init_from, **task.load_options)
     else:
         folder = args.output_dir / "autoencoder" / "vae"
         if folder.exists():
             vae = AutoencoderKL.from_pretrained(folder)
         else:
-            vae = train_autoencoder(recipe, images, probabilities, args.output_dir / "autoencoder", limits)
-        pipe = build_pipeline(
-            recipe, vae.eval().requires_grad_(False), rows["caption"].tolist(), args.output_dir / "tokenizer"
-        )
-    pipe.vae.eval()
+            vae = train_autoencoder(recipe, images, probabilities, args.output_dir / "autoencoder", limits, bf16)
+        pipe = task.build(vae.requires_grad_(False), args.output_dir)
+    getattr(pipe, task.autoencoder).eval()
     out = args.output_dir / "denoiser"
-    bf16 = args.mixed_precision == "bf16"
-    pipe = train_denoiser(recipe, pipe, images, rows, probabilities, out, limits, args.compile, bf16)
+    pipe = train_denoiser(task, pipe, images, probabilities, out, limits, args.compile, bf16)
     pipe.save_pretrained(args.output_dir / "pipeline", safe_serialization=True)
     print(f"saved {args.output_dir / 'pipeline'}; samples in {out}")
 

@@ -211,7 +211,7 @@ def prompts_of(args, pipe):
             raise ValueError(f"--data_free_prompts: {args.data_free_prompts} is empty; expected a prompt a line")
         return prompts
     if args.teacher.startswith("demo:"):
-        return ld_pruner_hf.demo.PROMPTS[args.teacher.removeprefix("demo:")]
+        return ld_pruner_hf.demo.PROMPTS.get(args.teacher.removeprefix("demo:"))
     return default_prompts() if hasattr(pipe, "tokenizer") else None
 
 

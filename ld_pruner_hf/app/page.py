@@ -8,7 +8,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import lru_cache
 from importlib import resources
 from typing import Any
 
@@ -70,13 +69,27 @@ def coloured(spectrogram: Image.Image) -> Image.Image:
     return grey.convert("RGB")
 
 
+def plain(value: float, digits: int = 3) -> str:
+    """A number to so many significant digits, without an exponent.
+
+    >>> plain(0.02163), plain(65.04), plain(1234.5)
+    ('0.0216', '65', '1,230')
+    """
+    return f"{float(f'{value:.{digits}g}'):,.10g}"
+
+
+def _change(value: float, before: float) -> str:
+    percent = round(100 * (value / before - 1))
+    return f"{percent:+d} %".replace("-", "−") if percent else "±0 %"
+
+
 def _line(what: str, value: float, unit: str, before: float | None) -> str:
     """A line of a card: a number, the change from the original's, and a bar that shows what is left of it."""
-    change = "" if before is None else f"{100 * (value / before - 1):+.0f} %".replace("-", "−")
+    change = "" if before is None else _change(value, before)
     bar = min(100.0, 100 * value / (before or value))
     return (
         f'<div class="ld-line"><span class="ld-what">{what}</span>'
-        f'<span class="ld-value">{value:.3g} {unit}<i>{change}</i></span>'
+        f'<span class="ld-value">{plain(value)} {unit}<i>{change}</i></span>'
         f'<span class="ld-bar"><span style="width:{bar:.1f}%"></span></span></div>'
     )
 
@@ -95,7 +108,7 @@ def costs_html(comparison: Comparison) -> str:
             )
         ]
         cards.append(f'<div class="ld-card"><h3>{html.escape(column.name)}</h3>{"".join(lines)}</div>')
-    spread = ", ".join(f"{column.cost.call_iqr_ms:.2g}" for column in comparison.columns)
+    spread = ", ".join(plain(column.cost.call_iqr_ms, 2) for column in comparison.columns)
     samples = f"{first.batch_size} sample{'s' if first.batch_size > 1 else ''}"
     note = (
         f"Measured just now on {html.escape(comparison.device)}: the median of {first.calls} calls of the denoiser with {samples}, in turns. "
@@ -150,9 +163,10 @@ def silent(share: float, text: str) -> None:
 class _Tab:
     """Controls and results for the pipelines of one kind: pictures, or sounds."""
 
-    def __init__(self, comparer: Comparer, run: Callable[..., Comparison], names: list[str], figure: Any) -> None:
+    def __init__(self, comparer: Comparer, run: Callable[..., Comparison], names: list[str]) -> None:
         self.gr = gr = require_gradio()
-        self.comparer, self.run, self.figure_of = comparer, run, figure
+        self.comparer, self.run = comparer, run
+        self.figures = {name: importance_html(comparer.models[name]) for name in names}
         first = comparer.models[names[0]]
         self.is_audio = first.is_audio
         kind = "sounds" if self.is_audio else "pictures"
@@ -165,7 +179,7 @@ class _Tab:
                 else:
                     self._picture_results(kind)
                 with gr.Accordion("Which operators matter", open=False):
-                    self.figure = gr.HTML(figure(names[0]), elem_id=f"importance-{kind}")
+                    self.figure = gr.HTML(self.figures[names[0]], elem_id=f"importance-{kind}")
         self._events()
 
     def _controls(self, names: list[str], first: Model, kind: str) -> None:
@@ -302,7 +316,7 @@ class _Tab:
             gr.Slider(maximum=max(model.max_k, 2), value=min(entry.k, max(model.max_k, 1)), visible=model.choices[0] == BY_SCORE),
             entry.steps,
             gr.Slider(value=model.guidance, visible=model.takes_guidance),
-            self.figure_of(name),
+            self.figures[name],
             HINT,
             *cleared,
         ]  # fmt: skip
@@ -410,7 +424,6 @@ def build_page(comparer: Comparer) -> Any:
     report.require_matplotlib()
     limits = comparer.config.limits
     run = on_gpu(comparer.compare, limits.gpu_seconds)
-    figure = lru_cache(maxsize=None)(lambda name: importance_html(comparer.models[name]))
     kinds: dict[str, list[str]] = {}
     for name, model in comparer.models.items():
         kinds.setdefault("Sounds" if model.is_audio else "Pictures", []).append(name)
@@ -420,7 +433,7 @@ def build_page(comparer: Comparer) -> Any:
         with gr.Tabs():
             for kind, names in kinds.items():
                 with gr.Tab(kind, elem_id=f"tab-{kind.lower()}"):
-                    _Tab(comparer, run, names, figure)
+                    _Tab(comparer, run, names)
             with gr.Tab("From Python"):
                 gr.Markdown(_usage(comparer), elem_id="usage")
     return page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)

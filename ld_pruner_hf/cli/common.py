@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..effort import EFFORTS
 from ..loading import DTYPES
 from ..operators import STANDINS
 from ..scores import CRITERIA
@@ -53,6 +54,7 @@ def scoring_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "standins": args.standins,
         "batch_size": args.batch_size,
         "calibration": args.calibration,
+        "effort": args.effort,
         **call_arguments(args),
     }
 
@@ -68,7 +70,9 @@ def slug(pipeline: str) -> str:
 
 def add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "pipeline", metavar="PIPELINE", help="a pipeline's folder, a Hub id (org/model), or demo:emoji"
+        "pipeline",
+        metavar="PIPELINE",
+        help="a pipeline's folder, a Hub id (org/model), or one that ships: demo:emoji, demo:clothing, demo:digits",
     )
     parser.add_argument("--component", metavar="C", help="which of its models; default: the one that denoises")
     add_call(parser)
@@ -103,6 +107,10 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seeds", type=int, default=2, metavar="N", help="latents per prompt")
     group.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed")
     group.add_argument("--criterion", choices=CRITERIA, help=f"what to rank by; default: {CRITERIA[0]}")
+    group.add_argument(
+        "--effort", choices=list(EFFORTS), default="exact", help="exact: the paper's loop; balanced, fast: estimates for a "
+        "hundredth and a five-hundredth of its cost",
+    )  # fmt: skip
     group.add_argument("--pooled", action="store_true", help="compare all latents as one set, not one set per prompt")
     group.add_argument(
         "--include", nargs="+", action="extend", metavar="PAT", help='only these operators: "mid_block*" "*.attn1"'

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..demo.job import DemoSettings, run_demo
+from .. import demo
+from ..demo.job import KS, DemoSettings, run_demo
 from ..loading import pick_device
 
 NAME = "demo"
-HELP = "score and prune the pipeline that ships with the package, and write a page about it"
+HELP = "score and prune a pipeline that ships with the package, and write a page about it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,12 +19,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", default="demo-output", metavar="DIR", help="folder for the page and everything on it"
     )
     parser.add_argument(
-        "--k", type=int, nargs="+", default=list(default.ks), metavar="K", help="how many operators to take out"
+        "--pipeline", choices=demo.names(), default=default.name, help="which shipped pipeline; default: %(default)s"
+    )
+    parser.add_argument(
+        "--k",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help=f"how many operators to take out; default: {KS[default.name]} for {default.name}",
     )
     parser.add_argument(
         "--num-inference-steps", type=int, default=default.num_inference_steps, metavar="N", help="steps for scoring"
     )
-    parser.add_argument("--seeds", type=int, default=default.seeds, metavar="N", help="latents per prompt for scoring")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=default.seeds,
+        metavar="N",
+        help="latents per prompt for scoring; three times as many without prompts",
+    )
     parser.add_argument(
         "--picture-steps", type=int, default=default.picture_steps, metavar="N", help="steps for the pictures"
     )
@@ -37,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     settings = DemoSettings(
-        ks=tuple(dict.fromkeys(args.k)), num_inference_steps=args.num_inference_steps, seeds=args.seeds,
+        name=args.pipeline, ks=tuple(dict.fromkeys(args.k or KS[args.pipeline])), num_inference_steps=args.num_inference_steps, seeds=args.seeds,
         picture_steps=args.picture_steps, include=tuple(args.include or ()),
     )  # fmt: skip
     result = run_demo(args.output, settings, pick_device(args.device))

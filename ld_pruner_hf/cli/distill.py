@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,10 +34,13 @@ def script_path(name: str) -> Path:
     raise ValueError(f"{name}: not found in {places[0].parent} or {places[1].parent}; install ld_pruner_hf again")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Start the script as `accelerate config` says, on all devices; its exit code is ours."""
+def launch(flags: Sequence[str]) -> int:
+    """Start the script as `accelerate config` says, on all devices; its exit code."""
     plain = torch.accelerator.device_count() < 2 and not Path(default_config_file).is_file()
     launcher = [] if plain else ["-m", "accelerate.commands.launch"]
-    done = subprocess.run([sys.executable, *launcher, str(script_path("distill.py")), *args.flags])
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    return subprocess.run([sys.executable, *launcher, str(script_path("distill.py")), *flags]).returncode
+
+
+def run(args: argparse.Namespace) -> None:
+    if code := launch(args.flags):
+        raise SystemExit(code)

@@ -10,7 +10,6 @@ from typing import Any
 from ..evaluation.results import Evaluation
 from ..hub import full_id, publish, push_plan
 from ..loading import load_plan
-from ..plan import PlanError
 from ..publication import Evidence, copy_pipeline, prepare, prepare_plan, pruned_parts
 from ..scores import OperatorScores
 from .common import call_argument, file_of_prompts
@@ -103,8 +102,9 @@ def run(args: argparse.Namespace) -> None:
             print(_done(push_plan(plan, args.repo, base_model=args.base_model, **push)))
         return
     if not result.is_dir():
-        raise PlanError(f"{result}: no such file or folder; expected a saved pruned pipeline, or a plan")
-    pruned_parts(result)
+        raise ValueError(f"{result}: no such file or folder; expected a saved pruned pipeline, or a plan")
+    if args.remote_code and all(part.plan is None for part in pruned_parts(result)):
+        raise ValueError("--remote-code: this is a stock model, which loads everywhere without; leave the option out")
     evidence = Evidence(
         base_model=args.base_model, license=args.license, datasets=args.dataset, recipe=_recipe(args.recipe),
         evaluation=Evaluation.load(args.evaluation) if args.evaluation else None, original=args.original,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import is_librosa_available
 
 PROMPTS = {
     "emoji": [
@@ -21,12 +22,12 @@ PROMPTS = {
         "blue car",
     ],
 }
-"""Prompts that show what each pipeline draws; they come from its training captions."""
+"""Prompts that show what a text-to-image pipeline draws; they come from its training captions. Unconditional ones have none."""
 
 
 def names() -> list[str]:
     """Names of the pipelines that are installed."""
-    return [name for name in PROMPTS if (_root() / name / "model_index.json").is_file()]
+    return [name for name in ("emoji", "clothing", "digits") if (_root() / name / "model_index.json").is_file()]
 
 
 def _root() -> Path:
@@ -48,7 +49,18 @@ def load(name: str = "emoji", **kwargs: Any) -> DiffusionPipeline:
     """Load a shipped pipeline, in float32 unless `dtype` says otherwise.
 
     "emoji": 64x64 emoji from their names, a plain `StableDiffusionPipeline` (10M parameters).
+    "clothing": 64x64 photos of clothes from noise alone, a plain `LDMPipeline` (5M parameters).
+    "digits": spoken digits from noise alone, one second at 8 kHz, a plain `AudioDiffusionPipeline` (5M parameters).
+
+    Raises:
+        ValueError: no pipeline of that name is installed.
+        ImportError: "digits" without librosa.
     """
+    folder = path(name)
+    if (folder / "mel").is_dir() and not is_librosa_available():
+        raise ImportError(
+            f"demo pipeline {name!r}: spectrograms need librosa, which is not installed; pip install 'ld_pruner_hf[audio]'"
+        )
     if "torch_dtype" not in kwargs:  # diffusers' earlier name of it
         kwargs.setdefault("dtype", torch.float32)
-    return DiffusionPipeline.from_pretrained(path(name), **kwargs)
+    return DiffusionPipeline.from_pretrained(folder, **kwargs)

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .. import report, reporting
-from ..latents import final_latents, find_denoiser, preserved
+from ..latents import final_latents, find_denoiser, preserved, steps_argument
 from ..measurements import environment_of
 from ..pipeline import make_plan, profile, prune, score
 from ..plan import PruningPlan, write_atomically
@@ -28,6 +27,8 @@ from ..selection import check_k
 from . import PROMPTS, load
 
 Pictures = reporting.Samples
+KS = {"emoji": (10, 20, 30, 42, 80, 160), "clothing": (5, 10, 20, 30, 42, 80), "digits": (5, 10, 20, 30, 42, 80)}
+"""How many operators to take out of each: up to about half of its candidates."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,14 @@ class DemoSettings:
 
     Attributes:
         name: which shipped pipeline. ks: how many operators to take out.
-        score_prompts, seeds, num_inference_steps: scoring; without guidance, which halves its cost.
-        pictures, picture_steps, guidance_scale: the pictures: number of prompts, denoising steps, classifier-free guidance.
+        score_prompts, seeds, num_inference_steps: scoring; without guidance, which halves its cost. A pipeline without prompts
+            gets as many latents from that many more seeds.
+        pictures, picture_steps, guidance_scale: the pictures or sounds: how many, denoising steps, classifier-free guidance.
         rounds, repeats: rounds in which latency is measured, and timed denoiser calls in each. include: patterns of operators to score; all if empty.
     """
 
     name: str = "emoji"
-    ks: tuple[int, ...] = (10, 20, 30, 42, 80, 160)
+    ks: tuple[int, ...] = KS["emoji"]
     score_prompts: int = 3
     seeds: int = 2
     num_inference_steps: int = 3
@@ -57,6 +59,16 @@ class DemoSettings:
     def k_to_save(self) -> int:
         """The k whose pipeline is saved and loaded again."""
         return 20 if 20 in self.ks else self.ks[0]
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """What the pipeline can be asked for; None if it is unconditional."""
+        return PROMPTS.get(self.name)
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each picture or sound."""
+        return self.prompts[: self.pictures] if self.prompts else [f"seed {i}" for i in range(self.pictures)]
 
 
 @dataclass(frozen=True)
@@ -91,10 +103,9 @@ def run_demo(folder: str | Path, settings: DemoSettings | None = None, device: s
     stage(f"scoring the operators of its denoiser; rows go to {folder / 'scores.jsonl'}")
     scores = score_demo(pipe, folder, settings)
     plans = {c: {k: make_plan(pipe, k, scores=scores, criterion=c) for k in settings.ks} for c in scores.criteria}
-    stage(f"drawing {settings.pictures} prompts with every criterion and k")
-    call = {"num_inference_steps": settings.picture_steps, "guidance_scale": settings.guidance_scale}
-    prompts = PROMPTS[settings.name][: settings.pictures]
-    pictures = reporting.draw_all(pipe, plans, call, prompts, len(prompts))
+    stage(f"drawing {len(settings.labels)} samples with every criterion and k")
+    call = picture_options(pipe, settings)
+    pictures = reporting.draw_all(pipe, plans, call, settings.prompts, len(settings.labels))
     stage("pruning for good, measuring, saving, loading again")
     profiles, equal = _prune_and_measure(plans[scores.criterion], folder, settings, device)
     result = DemoResult(settings, scores, plans, pictures, profiles, equal, device)
@@ -136,21 +147,23 @@ def _load(name: str, device: str) -> Any:
 
 
 def score_demo(pipe: Any, folder: Path, settings: DemoSettings) -> OperatorScores:
-    """Score with the demo's short setting: all (prompt, seed) pairs in one batch, no guidance."""
-    prompts = PROMPTS[settings.name][: settings.score_prompts]
+    """Score with the demo's short setting: all latents in one batch, no guidance."""
+    call: dict[str, Any] = {"guidance_scale": 1.0} if settings.prompts else {}
+    batch = settings.score_prompts * settings.seeds
     scores = score(
-        pipe, prompts, num_inference_steps=settings.num_inference_steps, seeds=settings.seeds, guidance_scale=1.0,
-        batch_size=len(prompts) * settings.seeds, include=list(settings.include), resume_from=folder / "scores.jsonl",
+        pipe, settings.prompts and settings.prompts[: settings.score_prompts],
+        num_inference_steps=settings.num_inference_steps, seeds=settings.seeds if settings.prompts else batch,
+        batch_size=batch, include=list(settings.include), resume_from=folder / "scores.jsonl", **call,
     )  # fmt: skip
     scores.to_csv(folder / "scores.csv")
     scores.to_json(folder / "scores.json")
     return scores
 
 
-def draw(pipe: Any, prompts: Sequence[str], steps: int, guidance_scale: float) -> list[Image.Image]:
-    """One picture a prompt, the i-th from seed i whatever the model."""
-    call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    return reporting.draw(pipe, call, prompts, len(prompts))
+def picture_options(pipe: Any, settings: DemoSettings) -> dict[str, Any]:
+    """The pipeline's arguments for the demo's samples, apart from prompts and seeds."""
+    guidance = {"guidance_scale": settings.guidance_scale} if settings.prompts else {}
+    return steps_argument(pipe, settings.picture_steps) | guidance
 
 
 def _prune_and_measure(
@@ -171,7 +184,9 @@ def _prune_and_measure(
 
 def _measure_in_turn(models: dict[str, Any], settings: DemoSettings) -> dict[str, Profile]:
     """The profile of each model from its quickest round. The models take turns, so that a busy moment hits no model alone."""
-    call: dict[str, Any] = {"prompt": PROMPTS[settings.name][0], "guidance_scale": settings.guidance_scale}
+    call: dict[str, Any] = {}
+    if settings.prompts:
+        call = {"prompt": settings.prompts[0], "guidance_scale": settings.guidance_scale}
     best: dict[str, Profile] = {}
     with tqdm(total=settings.rounds * len(models), desc="measuring", unit="model") as bar:
         for _ in range(settings.rounds):
@@ -184,14 +199,10 @@ def _measure_in_turn(models: dict[str, Any], settings: DemoSettings) -> dict[str
 
 
 def _latents(pipe: Any, settings: DemoSettings) -> torch.Tensor:
-    prompts = PROMPTS[settings.name][: settings.pictures]
-    call = {
-        "prompt": prompts,
-        "num_inference_steps": settings.picture_steps,
-        "guidance_scale": settings.guidance_scale,
-    }
+    n = len(settings.labels)
+    batch = {"prompt": settings.labels} if settings.prompts else {"batch_size": n}
     with preserved(pipe):
-        return final_latents(pipe, call, range(len(prompts)))
+        return final_latents(pipe, picture_options(pipe, settings) | batch, range(n))
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------
@@ -199,9 +210,8 @@ def _latents(pipe: Any, settings: DemoSettings) -> torch.Tensor:
 
 def _write(folder: Path, result: DemoResult) -> None:
     """Figures, grids, tables, README.md and index.html."""
-    labels = PROMPTS[result.settings.name][: result.settings.pictures]
-    for criterion, columns in result.pictures.items():
-        report.picture_grid(columns, labels).save(folder / f"grid_{criterion}.png")
+    labels = result.settings.labels
+    reporting.save_samples(folder, result.pictures, labels)
     figures = reporting.operator_figures(result.scores, result.plans[result.scores.criterion])
     for name, figure in figures.items():
         (folder / f"{name}.png").write_bytes(report.figure_png(figure("light")))
@@ -212,10 +222,12 @@ def _write(folder: Path, result: DemoResult) -> None:
 
 def _scoring_text(result: DemoResult) -> str:
     s = result.settings
-    return (
-        f"{s.score_prompts} prompts ({', '.join(PROMPTS[s.name][: s.score_prompts])}) x {s.seeds} seeds, "
-        f"{s.num_inference_steps} denoising steps, no guidance, criterion {result.scores.criterion}"
-    )
+    if s.prompts:
+        prompts = s.prompts[: s.score_prompts]
+        latents, guidance = f"{len(prompts)} prompts ({', '.join(prompts)}) x {s.seeds} seeds", "no guidance, "
+    else:
+        latents, guidance = f"{s.score_prompts * s.seeds} seeds", ""
+    return f"{latents}, {s.num_inference_steps} denoising steps, {guidance}criterion {result.scores.criterion}"
 
 
 def _share(value: float | None) -> str:
@@ -253,27 +265,30 @@ def _facts(result: DemoResult) -> list[tuple[str, str]]:
 
 def _page(result: DemoResult, figures: dict[str, Any], labels: Sequence[str]) -> str:
     s, p = result.settings, result.profiles["original"]
+    samples = f"{p.batch_size} samples (one picture under guidance)" if s.prompts else f"batch size {p.batch_size}"
     note = (
-        f'<p class="note">One denoiser call with {p.batch_size} samples (one picture under guidance): the median of {s.repeats} calls '
+        f'<p class="note">One denoiser call with {samples}: the median of {s.repeats} calls '
         f"in the quickest of {s.rounds} rounds, in which the models took turns. IQR is the distance of the quartiles in that round; "
         f"a difference in latency that is smaller says nothing. MACs are for one sample. {html.escape(environment_of(result.profiles['original']))}.</p>"
     )
+    guidance = f", guidance {s.guidance_scale:g}" if s.prompts else ""
     drawn = (
-        f"{s.picture_steps} denoising steps, guidance {s.guidance_scale:g}, the same noise along each line. Nothing was trained "
+        f"{s.picture_steps} denoising steps{guidance}, the same noise along each line. Nothing was trained "
         "after pruning."
     )
     head = ["Model", "Parameters", "MACs", "Latency", "IQR"]
+    argument = f'"{labels[0]}"' if s.prompts else ""
     kept = "equal, bit for bit, to" if result.equal_after_reload else "NOT equal to"
     saved = (
         f"<p>The pipeline with k = {s.k_to_save} is in <code>pruned/</code>. It was loaded again from there, and its final latents for "
-        f"the {len(labels)} prompts above are <b>{kept}</b> those of the pipeline that was saved.</p>"
+        f"the {len(labels)} samples above are <b>{kept}</b> those of the pipeline that was saved.</p>"
         f"<pre>import ld_pruner_hf\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("pruned")\npipe("{labels[0]}").images[0]</pre>'
+        f'pipe = DiffusionPipeline.from_pretrained("pruned")\npipe({argument}).images[0]</pre>'
     )
     settings = [[k.replace("_", " "), str(v)] for k, v in asdict(s).items() if v not in (None, ())]
     sections = [
         (
-            "What is left of the pictures",
+            "What is left of the samples",
             reporting.samples_section(result.pictures, result.plans, result.scores.criterion, labels, drawn),
         ),
         ("What pruning saves", report.table_html(head, _cost_cells(result)) + note),
@@ -284,7 +299,7 @@ def _page(result: DemoResult, figures: dict[str, Any], labels: Sequence[str]) ->
     lead = (
         f"Every operator of the demo pipeline “{s.name}” was replaced, one at a time, by something cheaper, and the score says how far "
         "that moves the final latents, before any decoding. Then the k operators with the lowest scores were replaced together. Read "
-        "the pictures from left to right: as long as a column looks like the first, those operators were not needed."
+        "the samples from left to right: as long as a column looks like the first, those operators were not needed."
     )
     return report.render_page(
         "What can this pipeline do without?",
@@ -320,7 +335,7 @@ def _readme(result: DemoResult) -> str:
         "scores.jsonl, scores.json, scores.csv": "the scores: row by row as measured (resumable), as one document, ranked",
         "importance_by_block.png": "importance of every operator by block",
         "modified_by_type.png, modified_by_block.png": "what each k takes out",
-        "grid_<criterion>.png": "pictures: the original and each k",
+        "grid_<criterion>.png": "samples (spectrograms of sounds, which are in sounds/): the original and each k",
         "costs.csv": "parameters, MACs and latency",
         "plan_k<k>.json": 'pruning plans; `pipe.prune("plan_k20.json")` applies one',
         "pruned/": "a pruned pipeline for `DiffusionPipeline.from_pretrained`, after `import ld_pruner_hf`",

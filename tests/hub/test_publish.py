@@ -524,6 +524,9 @@ def test_presets_on_the_command_line_leave_a_stock_pipeline(hub, base, tmp_path,
     assert code == 0
     assert "import ld_pruner_hf" not in out
     assert type(load_pipeline(str(tmp_path / "out"), device="cpu").unet) is UNet2DConditionModel
+    code, _, err = run(capsys, "publish", tmp_path / "out", "alice/preset", "--remote-code")
+    assert code == 2
+    assert "this is a stock model" in err
     assert run(capsys, "publish", tmp_path / "out", "alice/preset")[0] == 0
     card = ModelCard.load("alice/preset")
     assert card.data.base_model == "acme/base"

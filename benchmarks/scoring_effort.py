@@ -1,0 +1,147 @@
+"""Scoring with less effort against the paper's loop: CPU time, and how far the choice agrees.
+
+    python benchmarks/scoring_effort.py --naive naive.jsonl --output table.csv
+
+The naive loop is the one of the paper as one would write it: for each operator and stand-in, for each prompt and seed, one call
+of the pipeline. Its rows go to a file, and an interrupted run goes on. Then the same settings are scored with each effort.
+`--spend 30 10` adds estimates that may spend a 30th and a 10th of the loop's denoiser inputs. What is compared are the scores of
+operators (their best stand-in): Spearman's correlation, and the share of the lowest k of the loop that are among the lowest k.
+"""
+
+import argparse
+import csv
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from scipy.stats import spearmanr
+
+import ld_pruner_hf
+from ld_pruner_hf import Modification, applied, demo, find_operators
+from ld_pruner_hf.effort import EFFORTS
+
+KS = (10, 20, 30, 42)
+
+
+def naive_distances(pipe, prompts, args):
+    sets = []
+    for prompt in prompts:
+        runs = [
+            pipe(
+                prompt,
+                num_inference_steps=args.steps,
+                output_type="latent",
+                generator=torch.Generator().manual_seed(seed),
+            ).images
+            for seed in range(args.seeds)
+        ]
+        sets.append(torch.cat(runs).double())
+    return sets
+
+
+def naive_rows(pipe, prompts, args):
+    """(path, stand-in) -> row, from the file as far as it has them, else measured."""
+    path = Path(args.naive)
+    rows = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            rows[row["path"], row["stand_in"]] = row
+    if args.measured_only:
+        return rows, len(rows)
+    operators = find_operators(pipe, prompt=prompts[0], progress=False)
+    todo = [(o, spec) for o in operators for spec in o.stand_ins]
+    originals = naive_distances(pipe, prompts, args)
+    with path.open("a") as file:
+        for operator, spec in todo:
+            if (operator.path, spec.name) in rows:
+                continue
+            start = time.process_time()
+            with applied(pipe.unet, [Modification(operator.path, operator.kind, spec)]):
+                modified = naive_distances(pipe, prompts, args)
+            avg = [(a.mean(0) - b.mean(0)).norm().item() for a, b in zip(originals, modified, strict=True)]
+            std = [
+                (a.std(0, correction=0) - b.std(0, correction=0)).norm().item()
+                for a, b in zip(originals, modified, strict=True)
+            ]
+            row = {"path": operator.path, "stand_in": spec.name, "avg_dist": avg, "std_dist": std}
+            rows[operator.path, spec.name] = row | {"cpu_s": time.process_time() - start}
+            file.write(json.dumps(rows[operator.path, spec.name]) + "\n")
+            file.flush()
+    return rows, len(todo)
+
+
+def best(scores):
+    """path -> the score of its best stand-in."""
+    lowest = {}
+    for (path, _), score in scores.items():
+        lowest[path] = min(score, lowest.get(path, score))
+    return lowest
+
+
+def lowest(scores, k):
+    return set(sorted(scores, key=scores.get)[:k])
+
+
+def measure(pipe, prompts, effort, naive, args):
+    """Score with one effort, and compare with the naive loop."""
+    started = []
+    start = time.process_time()
+    found = ld_pruner_hf.score(
+        pipe, prompts, seeds=args.seeds, num_inference_steps=args.steps, effort=effort,
+        on_cost=lambda cost: started.append(time.process_time()),
+    )  # fmt: skip
+    end = time.process_time()
+    reference = best({key: sum(row["avg_dist"]) + sum(row["std_dist"]) for key, row in naive.items()})
+    estimate = best({row.key: row.score() for row in found if row.key in naive})
+    result = {"effort": effort, "cpu_s": round(end - started[0], 2), "with_finding_cpu_s": round(end - start, 2)}
+    paths = list(reference)
+    a, b = [reference[p] for p in paths], [estimate[p] for p in paths]
+    result["spearman"] = round(spearmanr(a, b)[0], 4)
+    for k in KS:
+        result[f"overlap_{k}"] = round(len(lowest(reference, k) & lowest(estimate, k)) / k, 3)
+    ratios = sorted(y / x for x, y in zip(a, b, strict=True))
+    result["median_ratio"] = round(statistics.median(ratios), 4)
+    result["largest_relative_error"] = f"{max(abs(r - 1) for r in ratios):.1e}"
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--naive", default="naive.jsonl", help="file of the naive loop's rows")
+    parser.add_argument("--measured-only", action="store_true", help="take the rows that are there; measure no more")
+    parser.add_argument("--output", default="scoring_effort.csv")
+    parser.add_argument("--efforts", nargs="*", default=["fast", "balanced", "exact"])
+    parser.add_argument("--spend", nargs="*", type=int, default=[])
+    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    pipe = demo.load("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    prompts = demo.PROMPTS["emoji"][: args.prompts]
+    naive, rows = naive_rows(pipe, prompts, args)
+    seconds = statistics.fmean(row["cpu_s"] for row in naive.values()) * rows
+    print(
+        f"{platform.machine()}, 1 thread; naive loop: {len(naive)} of {rows} rows measured, {seconds:.0f} CPU s for all"
+    )
+    EFFORTS.update({f"1/{n}": n for n in args.spend})
+    with open(args.output, "a", newline="") as file:
+        writer = None
+        for effort in [*args.efforts, *(f"1/{n}" for n in args.spend)]:
+            result = measure(pipe, prompts, effort, naive, args)
+            result["times_cheaper"] = round(seconds / result["cpu_s"], 1)
+            writer = writer or csv.DictWriter(file, list(result))
+            if not file.tell():
+                writer.writeheader()
+            writer.writerow(result)
+            file.flush()
+            print(result, flush=True)
+
+
+if __name__ == "__main__":
+    main()

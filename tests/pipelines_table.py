@@ -1,0 +1,291 @@
+"""Score, prune, save and reload every pipeline class that can be built tiny; `python tests/pipelines_table.py` writes docs/pipelines.md.
+
+Besides the families of `families.py`, every class of diffusers that takes the components of one of them is tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import families
+import torch
+
+import ld_pruner_hf
+from ld_pruner_hf import Modification, PruningPlan
+from ld_pruner_hf.latents import final_latents, preserved, steps_argument
+from ld_pruner_hf.operators import steps_argument_if_any
+from ld_pruner_hf.plan import is_inside
+from ld_pruner_hf.surgery import architecture_of, count_params
+
+KS = (1, 3)
+SCORED = 5
+"""Operators that are scored per pipeline; the smallest ones, spread over the denoiser."""
+
+
+@dataclass
+class Row:
+    """What was done with one pipeline class.
+
+    Attributes:
+        denoiser: class of the pruned component. operators, candidates: how many there are, and how many can be replaced.
+        ks: how many were taken out, by score. blocks: how many outermost operators were taken out together.
+        folders: where the pruned pipelines lie. reason: why it does not work; None if it does.
+    """
+
+    pipeline: str
+    denoiser: str = ""
+    component: str = ""
+    operators: int = 0
+    candidates: int = 0
+    ks: list[int] = field(default_factory=list)
+    blocks: int = 0
+    folders: list[str] = field(default_factory=list)
+    reason: str | None = None
+
+
+def latents(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
+    with preserved(pipe):
+        return final_latents(pipe, {**call, **steps_argument_if_any(pipe)}, [0])
+
+
+def spread(items: list[Any], n: int) -> list[Any]:
+    return [items[i * len(items) // n] for i in range(min(n, len(items)))]
+
+
+def prune_and_save(build: Callable[[], families.Built], folder: Path, component: str | None = None) -> Row:
+    """Score a few operators, prune by k and by blocks, run each and save it with the latents that it gives.
+
+    Raises:
+        AssertionError: pruning did not do what the plan says.
+    """
+    pipe, call = build()
+    row = Row(type(pipe).__name__)
+    original = latents(pipe, call)
+    operators = ld_pruner_hf.find_operators(pipe, component=component, latency=False, progress=False, **call)
+    candidates = [o for o in operators if o.is_candidate]
+    row.operators, row.candidates = len(operators), len(candidates)
+    inner = [o for o in candidates if not any(is_inside(other.path, o.path) for other in candidates)]
+    scores = pipe.score(
+        conditions=[call], component=component, include=[o.path for o in spread(inner, SCORED)], seeds=1,
+        num_inference_steps=next(iter(steps_argument(pipe, 2).values())) if steps_argument_if_any(pipe) else None,
+    )  # fmt: skip
+    row.component, row.denoiser = scores.component, scores.model_class
+    assert all(r.error is None for r in scores.rows), [r.error for r in scores.rows]
+    outer = [o for o in candidates if "." in o.path and not any(is_inside(o.path, other.path) for other in candidates)]
+    blocks = tuple(Modification(o.path, o.kind, o.stand_ins[0]) for o in spread(outer, 2))
+    model = getattr(pipe, scores.component)
+    plan = PruningPlan(scores.component, scores.model_class, architecture_of(model), blocks)
+    targets: list[Any] = [*[k for k in KS if k <= len({r.path for r in scores.rows})], *([plan] if blocks else [])]
+    for i, target in enumerate(targets):
+        pipe, call = build()
+        before = count_params(getattr(pipe, scores.component))
+        done = pipe.prune(target, **({"scores": scores} if isinstance(target, int) else {}), component=component)
+        assert len(done) == (target if isinstance(target, int) else len(blocks))
+        assert count_params(getattr(pipe, scores.component)) == before - done.params_removed
+        after = latents(pipe, call)
+        assert after.shape == original.shape and torch.isfinite(after).all()
+        pipe.save_pretrained(folder / str(i))
+        torch.save({"latents": after, "call": call}, folder / f"{i}.pt")
+        row.folders.append(str(folder / str(i)))
+        if isinstance(target, int):
+            row.ks.append(target)
+        else:
+            row.blocks = len(blocks)
+    return row
+
+
+def reload(folders: list[str]) -> dict[str, str | None]:
+    """folder -> None if the pipeline there gives the stored latents again, else what is wrong. For a fresh process."""
+    found: dict[str, str | None] = {}
+    for folder in folders:
+        expected = torch.load(f"{folder}.pt", weights_only=False)
+        try:
+            kind = getattr(diffusers, json.loads((Path(folder) / "model_index.json").read_text())["_class_name"])
+            pipe = families.tiny.quiet(kind.from_pretrained(folder))
+            got = latents(pipe, expected["call"])
+            found[folder] = None if torch.equal(got, expected["latents"]) else "other latents after reloading"
+        except Exception as error:
+            found[folder] = f"reload: {explain(error)}"
+    return found
+
+
+def reload_in_fresh_process(folders: list[str]) -> dict[str, str | None]:
+    command = [sys.executable, __file__, "--reload"]
+    done = subprocess.run(command, input=json.dumps(folders), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def explain(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:140]}"
+
+
+# ---- every class -----------------------------------------------------------------------------------------------------
+
+EXTRAS: dict[str, Callable[[], Any]] = {
+    "image": families.picture,
+    "mask_image": families.mask,
+    "control_image": families.picture,
+    "strength": lambda: 1.0,
+    "video": lambda: [families.picture()] * 5,
+    "padding_mask_crop": lambda: None,
+}
+"""Arguments that a family's own call does not have."""
+
+
+def pipeline_classes() -> dict[str, type]:
+    """All pipeline classes that diffusers exports."""
+    found = {}
+    for name in sorted(n for n in dir(diffusers) if n.endswith(("Pipeline", "PipelineV2"))):
+        try:
+            kind = getattr(diffusers, name)
+        except Exception:
+            continue
+        if inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline):
+            found[name] = kind
+    return {
+        n: k
+        for n, k in found.items()
+        if k is not diffusers.DiffusionPipeline and not n.startswith(("Auto", "Flax", "Onnx"))
+    }
+
+
+def takes(kind: Any, components: dict[str, Any]) -> bool:
+    """Can the class be made of these components, each of the type that it names?"""
+    needed, _ = kind._get_signature_keys(kind)
+    types = kind._get_signature_types()
+    if not needed - {"self"} <= components.keys():
+        return False
+    present = {k: v for k, v in components.items() if v is not None}
+    if any(isinstance(v, torch.nn.Module) and k not in types for k, v in present.items() if k != "image_encoder"):
+        return False
+    return all(
+        any(inspect.isclass(t) and isinstance(v, t) for t in types[k])
+        for k, v in present.items()
+        if isinstance(v, torch.nn.Module) and k in types
+    )
+
+
+def variants(name: str, done: set[str]) -> Iterator[tuple[str, Callable[[], families.Built]]]:
+    """Other classes that the components of a family make, with a call of what they take."""
+    pipe, _ = families.make(name)
+    for label, kind in pipeline_classes().items():
+        if label in done or not takes(kind, pipe.components):
+            continue
+
+        def build(kind: Any = kind) -> families.Built:
+            base, call = families.make(name)
+            names = set(inspect.signature(kind.__init__).parameters)
+            new = kind(**{k: v for k, v in base.components.items() if k in names})
+            parameters = inspect.signature(kind.__call__).parameters
+            extras = {k: make() for k, make in EXTRAS.items() if k in parameters and k not in call}
+            return families.tiny.quiet(new), {k: v for k, v in {**call, **extras}.items() if k in parameters}
+
+        yield label, build
+
+
+def attempt(label: str, build: Callable[[], families.Built], folder: Path, component: str | None = None) -> Row:
+    try:
+        pipe, call = build()
+        latents(pipe, call)
+    except Exception as error:
+        return Row(label, reason=f"the tiny one does not run unpruned ({explain(error)})")
+    try:
+        return prune_and_save(build, folder, component)
+    except Exception as error:
+        traceback.print_exc()
+        return Row(label, reason=explain(error))
+
+
+def family_rows(folder: Path) -> list[Row]:
+    rows = [attempt(name, lambda name=name: families.make(name), folder / name) for name in families.FAMILIES]
+    return [*rows, attempt("WanPipeline", lambda: families.make("wan_2_2"), folder / "second", "transformer_2")]
+
+
+def variant_rows(folder: Path, done: set[str]) -> Iterator[Row]:
+    """One row per class that works, and per class that does not with the components of any family."""
+    failed: dict[str, Row] = {}
+    for name in families.FAMILIES:
+        for label, build in variants(name, done):
+            row = attempt(label, build, folder / label)
+            if row.reason is None:
+                done.add(label)
+                failed.pop(label, None)
+                yield row
+            else:
+                failed.setdefault(label, row)
+    yield from failed.values()
+
+
+def check_reloading(rows: list[Row]) -> list[Row]:
+    """The rows with what is wrong after loading in a fresh process."""
+    wrong = reload_in_fresh_process([f for row in rows for f in row.folders])
+    for row in rows:
+        row.reason = row.reason or next((str(wrong[f]) for f in row.folders if wrong[f]), None)
+    return rows
+
+
+def markdown(rows: list[Row]) -> str:
+    total, worked = len(pipeline_classes()), [r for r in rows if r.reason is None]
+    lines = [
+        "# Pipelines that were tried",
+        "",
+        f"Made by `python tests/pipelines_table.py` with diffusers {diffusers.__version__}, torch {torch.__version__}, one CPU "
+        f"thread, Python {platform.python_version()}. Every pipeline here has tiny random weights. Some of its operators were scored "
+        "over two steps; it was pruned by k, and two of its outermost operators were taken out at once; each result was run, "
+        "saved and loaded in a fresh process, where the final latents have to be equal to the last bit.",
+        "",
+        f"{len({r.pipeline for r in worked})} of the {total} pipeline classes that diffusers exports work. For the classes that "
+        "are not in these tables nothing tiny has been built yet: nothing is known about them.",
+        "",
+        "| Pipeline | Denoiser | Modules | Candidates | k | Blocks |",
+        "|---|---|--:|--:|---|--:|",
+    ]
+    for r in sorted(worked, key=lambda r: (r.pipeline, r.component)):
+        ks = ", ".join(map(str, r.ks))
+        lines.append(
+            f"| {r.pipeline} | {r.component}: {r.denoiser} | {r.operators} | {r.candidates} | {ks} | {r.blocks} |"
+        )
+    failed = sorted((r for r in rows if r.reason), key=lambda r: r.pipeline)
+    if failed:
+        lines += ["", "## Tried without success", "", "| Pipeline | Reason |", "|---|---|"]
+        lines += [f"| {r.pipeline} | {str(r.reason).replace('|', '/')} |" for r in failed]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("docs/pipelines.md"))
+    parser.add_argument(
+        "--reload", action="store_true", help="read folders from stdin and say which give other latents"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    if options.reload:
+        print(json.dumps(reload(json.load(sys.stdin))))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = check_reloading(family_rows(folder))
+        options.output.write_text(markdown(rows), encoding="utf-8")
+        rows += check_reloading(list(variant_rows(folder, {row.pipeline for row in rows})))
+        options.output.write_text(markdown(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

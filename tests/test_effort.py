@@ -1,0 +1,175 @@
+"""Estimates of latent shifts: against the derivative they stand for, and against the paper's loop."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+from torch.utils._pytree import tree_map
+
+from ld_pruner_hf import OperatorScores, PlanError
+from ld_pruner_hf.effort import EFFORTS, Budget, Estimates, sorts_of
+from ld_pruner_hf.latents import final_latents, make_jobs, preserved
+from ld_pruner_hf.linear import linear_run
+from ld_pruner_hf.operators import find_operators
+from ld_pruner_hf.replacements import StandIn
+from ld_pruner_hf.surgery import get_operator
+from ld_pruner_hf.trajectory import output_tensor
+
+PART = {"num_inference_steps": 3, "include": ["mid_block", "up_blocks.0"]}
+
+
+def todo_of(pipe, **filters):
+    operators = find_operators(pipe, progress=False, latency=False, prompt="pizza", **filters)
+    return [(o, spec) for o in operators for spec in o.stand_ins]
+
+
+def jobs_of(pipe, prompts=("pizza", "red heart"), steps=3):
+    return make_jobs(pipe, [{"prompt": p, "num_inference_steps": steps} for p in prompts], [0], 8)
+
+
+def nudged(pipe, path, stand_in, share):
+    """A hook that moves the operator's output by a small share of the way to the stand-in's."""
+
+    def hook(_, args, kwargs, output):
+        return tree_map(lambda o, s: o + share * (s - o), output, stand_in(*args, **kwargs))
+
+    return get_operator(pipe.unet, path).register_forward_hook(hook, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    "path", ["mid_block.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn2", "time_embedding.linear_2",
+             "up_blocks.0.resnets.0", "down_blocks.0"],
+)  # fmt: skip
+def test_one_step_is_the_derivative_of_the_final_latents(pipe, path):
+    """With one denoising step, the mean over directions is || J d ||^2; the true move of a small nudge gives J d."""
+    todo = [row for row in todo_of(pipe) if row[0].path == path]
+    job = jobs_of(pipe, steps=1)[0]
+    pipe.unet.double(), pipe.text_encoder.double()
+    with preserved(pipe):
+        run = linear_run(pipe, pipe.unet, job, todo, probes=64, seed=0)
+        for n, (_, spec) in enumerate(todo):
+            moved = []
+            for share in (-1e-4, 1e-4):
+                handle = nudged(pipe, path, StandIn(spec).double(), share)
+                moved.append(final_latents(pipe, job.call, job.seeds).double())
+                handle.remove()
+            expected = ((moved[1] - moved[0]) / 2e-4).flatten(1).square().sum(1)
+            assert run.squares[n, 0].numpy() == pytest.approx(expected.numpy(), rel=0.7)
+            assert run.squares[n].sum().item() == pytest.approx(expected.sum().item(), rel=0.4)
+
+
+def test_gains_say_how_errors_grow(pipe):
+    """An error of the last output, multiplied by its gain, is its squared effect on the latents."""
+    job = jobs_of(pipe)[0]
+    with preserved(pipe):
+        run = linear_run(pipe, pipe.unet, job, todo_of(pipe, include="conv_act"), probes=16, seed=0)
+        original = final_latents(pipe, job.call, job.seeds)
+        calls = []
+
+        def disturb(_, args, kwargs, output):
+            calls.append(1)
+            sample = output_tensor(output)
+            generator = torch.Generator().manual_seed(7)
+            error = torch.randn(sample.shape, generator=generator) * 1e-3 * (len(calls) == 3)
+            error[: len(sample) // 2] = 0  # the conditional rows only
+            return (sample + error,)
+
+        handle = pipe.unet.register_forward_hook(disturb, with_kwargs=True)
+        moved = final_latents(pipe, job.call, job.seeds) - original
+        handle.remove()
+    expected = moved.square().sum().item()
+    rows = len(run.gains[2]) // 2
+    values = moved[0].numel() * 1e-6
+    assert (run.gains[2][rows:] * values).sum().item() == pytest.approx(expected, rel=0.3)
+    assert run.owners[2].tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
+
+
+def test_estimates_rank_as_the_loop_does(pipe):
+    how = {"conditions": tiny.PROMPTS, "include": ["mid_block", "up_blocks.0"], "num_inference_steps": 3}
+    exact = pipe.score(**how)
+    EFFORTS["a tenth"] = 10
+    try:
+        estimated = pipe.score(effort="a tenth", **how)
+    finally:
+        del EFFORTS["a tenth"]
+    a, b = ([r.score() for r in scores] for scores in (exact, estimated))
+    order = [torch.tensor(v).argsort().argsort().double() for v in (a, b)]
+    assert torch.corrcoef(torch.stack(order))[0, 1] > 0.9
+    ratio = (torch.tensor(b) / torch.tensor(a)).median().item()
+    assert 0.3 < ratio < 3, "estimates are in the units of the loop"
+
+
+@pytest.mark.parametrize("effort", ["balanced", "fast"])
+def test_estimates_leave_no_trace_repeat_and_resume(pipe, tmp_path, effort):
+    before = tiny.snapshot(pipe)
+    path = tmp_path / "scores.jsonl"
+    scores = pipe.score(tiny.PROMPTS, effort=effort, resume_from=path, **PART)
+    assert tiny.differences(before, tiny.snapshot(pipe)) == []
+    assert scores.settings["effort"] == effort and all(math.isfinite(r.score()) for r in scores)
+    assert [r.score() for r in pipe.score(tiny.PROMPTS, effort=effort, **PART)] == [r.score() for r in scores]
+    assert pipe.score(tiny.PROMPTS, effort=effort, resume_from=path, **PART) == scores == OperatorScores.load(path)
+    with pytest.raises(PlanError, match="made by another run"):
+        pipe.score(tiny.PROMPTS, resume_from=path, **PART)
+
+
+@pytest.mark.parametrize("make", [tiny.ddim, tiny.dit])
+def test_other_kinds_of_pipelines(make):
+    pipe = make()
+    call = {"class_labels": [1], "guidance_scale": 2.0} if make is tiny.dit else {}
+    scores = pipe.score(conditions=[call], num_inference_steps=2, effort="fast")
+    assert sum(r.error is None and r.score() > 0 for r in scores) > 10
+
+
+def test_a_pipeline_that_cannot_be_differentiated_says_so(pipe, monkeypatch):
+    step = type(pipe.scheduler).step
+
+    def through_numpy(self, *args, **kwargs):
+        with torch.no_grad():
+            return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.scheduler), "step", through_numpy)
+    with pytest.raises(
+        ValueError, match=r"StableDiffusionPipeline with DDIMScheduler cannot be differentiated; use effort='exact'"
+    ):
+        pipe.score("pizza", effort="fast", **PART)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"effort": "slow"}, "effort: got 'slow', expected one of"),
+        ({"effort": "fast", "criterion": "random"}, "only latent shifts are estimated"),
+        ({"effort": "fast", "component": "vae"}, "which decodes; use effort='exact'"),
+    ],
+)
+def test_bad_effort(pipe, how, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.score("pizza", num_inference_steps=1, **how)
+
+
+@pytest.mark.parametrize("effort", ["balanced", "fast"])
+@pytest.mark.parametrize(("rows", "latents", "inputs"), [(606, 6, 10), (606, 100, 50), (400, 100, 50), (606, 16, 20)])
+def test_a_budget_spends_what_it_may(effort, rows, latents, inputs):
+    budget = Budget.of(effort, rows, 60, latents, inputs)
+    total = rows * latents * inputs / EFFORTS[effort]
+    assert budget.cost(inputs) <= 1.02 * total, budget
+    assert 1 <= budget.latents <= latents and budget.refined <= rows
+    if effort == "balanced" and latents * inputs > 1000:
+        assert budget.refined == rows and budget.points >= 24, "there is enough for a real error of every operator"
+
+
+def test_sorts_are_by_class_name_and_stand_in(pipe):
+    todo = todo_of(pipe)
+    sorts = sorts_of(todo)
+    assert sorted(n for rows in sorts.values() for n in rows) == list(range(len(todo)))
+    convolutions = sorts["Conv2d", "conv1", "zero"]
+    assert len(convolutions) > 2 and all(todo[n][0].path.endswith("conv1") for n in convolutions)
+
+
+def test_agreement_of_halves():
+    halves = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0]])
+    estimates = Estimates(halves[0], halves)
+    assert [estimates.agreement(k) for k in (1, 2, 3)] == [1.0, 0.5, 1.0]
