@@ -1,6 +1,8 @@
-"""Time of a training step and peak memory of our distillation loop against a straightforward one, on the emoji pipeline.
+"""Time of a training step and peak memory of our distillation loop against a straightforward one.
 
-    python benchmarks/distill_throughput.py --mixed_precision bf16
+    python benchmarks/distill_throughput.py --mixed_precision bf16                         # the emoji pipeline
+    python benchmarks/distill_throughput.py --mixed_precision bf16 --model sd --batch_size 2
+        # Stable Diffusion's U-Net, autoencoder and text encoder at half width with random weights, 128x128 pixels, bk-sdm-base
 
 The straightforward loop is what scripts of 2023 do: every step encodes the pictures with the VAE and the captions with the text
 encoder, then runs the teacher and the student with hooks on all blocks. Ours is `training/distill.py`: once on the same
@@ -20,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "training"))
@@ -29,7 +33,7 @@ import distill  # noqa: E402
 from sources import Batches  # noqa: E402
 
 import ld_pruner_hf  # noqa: E402
-from ld_pruner_hf import PruningPlan  # noqa: E402
+from ld_pruner_hf.loading import load_pipeline  # noqa: E402
 
 PLAN = ROOT / "training" / "recipes" / "emoji_plan.json"
 
@@ -37,7 +41,29 @@ PLAN = ROOT / "training" / "recipes" / "emoji_plan.json"
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def write_pictures(folder, count, side=64):
+def write_sd(folder):
+    """A pipeline of Stable Diffusion's proportions."""
+    emoji = ld_pruner_hf.demo.load("emoji")
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(emoji.tokenizer), hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6,
+        max_position_embeddings=emoji.tokenizer.model_max_length, projection_dim=384, eos_token_id=emoji.tokenizer.eos_token_id,
+        bos_token_id=emoji.tokenizer.bos_token_id, pad_token_id=emoji.tokenizer.pad_token_id,
+    )  # fmt: skip
+    widths = (64, 128, 256, 256)
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=widths, layers_per_block=2, latent_channels=4, down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4, sample_size=128,
+        ),
+        unet=UNet2DConditionModel(sample_size=16, block_out_channels=(160, 320, 640, 640), cross_attention_dim=384),
+        text_encoder=CLIPTextModel(text), tokenizer=emoji.tokenizer,
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def write_pictures(folder, count, side):
     """Pictures with captions; what they show does not matter for the time."""
     generator, lines = np.random.default_rng(0), []
     for i in range(count):
@@ -75,8 +101,8 @@ class Turns:
 def straightforward(args, folder, turn):
     """Teacher, student, VAE and text encoder in every step, hooks on all blocks, as one would first write it."""
     half = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    pipe, pruned = ld_pruner_hf.demo.load("emoji"), ld_pruner_hf.demo.load("emoji")
-    pruned.prune(PruningPlan.load(PLAN))
+    pipe, pruned = (load_pipeline(args.teacher, device="cpu") for _ in range(2))
+    pruned.prune(args.plan)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.eval().requires_grad_(False).to(half)
     teacher, student = pipe.unet, pruned.unet.train()
@@ -111,7 +137,7 @@ def straightforward(args, folder, turn):
             text = pipe.encode_prompt([captions[p.name] for p in chosen], "cpu", 1, False)[0]
         t = torch.randint(0, 1000, (args.batch_size,))
         a, noise = alphas[t].reshape(-1, 1, 1, 1), torch.randn_like(latents)
-        noisy, target = a.sqrt() * latents + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * latents
+        noisy, target = a.sqrt() * latents + (1 - a).sqrt() * noise, noise
         noisy = noisy.to(half)
         with torch.no_grad():
             expected = teacher(noisy, t, text).sample
@@ -165,6 +191,7 @@ LOOPS = {
 def start(args, name, folder):
     command = [sys.executable, __file__, "--loop", name, "--folder", folder, "--batch_size", args.batch_size]
     command += ["--steps", args.steps, "--mixed_precision", args.mixed_precision]
+    command += ["--teacher", args.teacher, "--plan", args.plan]
     return subprocess.Popen([str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -207,6 +234,9 @@ def main():
     parser.add_argument("--steps", type=int, default=3, help="steps of each loop in a round")
     parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--model", choices=["emoji", "sd"], default="emoji")
+    parser.add_argument("--teacher", default="demo:emoji", help=argparse.SUPPRESS)
+    parser.add_argument("--plan", default=str(PLAN), help=argparse.SUPPRESS)
     parser.add_argument("--loop", choices=list(LOOPS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -215,7 +245,10 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "pictures"
         folder.mkdir()
-        write_pictures(folder, args.pictures)
+        write_pictures(folder, args.pictures, side=64 if args.model == "emoji" else 128)
+        if args.model == "sd":
+            args.teacher, args.plan = str(folder.parent / "sd"), "bk-sdm-base"
+            write_sd(args.teacher)
         compare(args, folder)
 
 

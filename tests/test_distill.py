@@ -330,6 +330,19 @@ def test_validation_shows_original_pruned_and_student(run):
         assert Image.open(out / "validation" / f"step_{step:06d}.png").size == (3 * 16, 2 * 16)
 
 
+def test_losses_and_pictures_go_to_tensorboard(run):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = run("--report_to", "tensorboard", "--validation_prompts", "pizza", "--validation_steps", 2)
+    (events,) = (out / "logs").rglob("events.out.*")
+    reader = EventAccumulator(str(events)).Reload()
+    expected = [r["loss"] for r in losses(out)]
+    assert [e.value for e in reader.Scalars("loss")] == pytest.approx(expected)
+    assert {"task", "output", "feature", "lr", "images_per_s"} <= set(reader.Tags()["scalars"])
+    assert [e.step for e in reader.Images("validation")] == [0, 2]
+
+
 def test_other_kinds_of_targets(folder, run, tmp_path):
     pipe = tiny.stable_diffusion()
     pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=100))
