@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,6 +99,10 @@ def linear_run(
 
 def _renewed(fresh: dict[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
     return fresh.get(id(tensor), tensor)
+
+
+def _replaced(new: dict[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    return new.get(id(tensor), tensor)
 
 
 @contextmanager
