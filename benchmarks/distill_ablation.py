@@ -151,7 +151,7 @@ def report(args):
     for name, found in rows.items():
         cells = [mean_and_range([r[c] for r in found if c in r]) for c in columns]
         print(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
-    best = folder_of(args, "output + normalised feature KD", args.seeds[0])
+    best = folder_of(args, "output + feature KD", args.seeds[0])
     if best.is_dir():
         grid(args.output / "distill.png", [judge.original, pruned_pipeline(), DiffusionPipeline.from_pretrained(best)])
 

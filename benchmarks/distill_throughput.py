@@ -156,9 +156,9 @@ def ours(args, folder, turn, cached):
     output = Path(tempfile.mkdtemp(dir=folder.parent))
     flags = [
         "--teacher",
-        "demo:emoji",
+        args.teacher,
         "--plan",
-        PLAN,
+        args.plan,
         "--train_data_dir",
         folder,
         "--center_crop",

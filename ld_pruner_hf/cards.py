@@ -299,7 +299,9 @@ def _training(facts: CardFacts) -> str:
     if not facts.is_trained:
         return ""
     rows = [
-        [f"`{k}`", f"`{without_paths(str(v))}`"] for k, v in facts.recipe.items() if v not in (None, False, [], "")
+        [f"`{k}`", f"`{without_paths(str(v))}`"]
+        for k, v in facts.recipe.items()
+        if k not in NOT_TRAINING and v not in (None, False, [], "")
     ]
     flags = "\n\n" + table(["flag", "value"], rows, text_columns=2) if rows else ""
     log = f"\n\n{facts.training}" if facts.training else ""

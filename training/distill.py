@@ -300,7 +300,10 @@ def launch(name, make_run, args):
         if accelerator.is_main_process:
             (args.output_dir / "recipe.json").write_text(json.dumps(flags, indent=1))
         if args.report_to != "none":
-            accelerator.init_trackers(name, flags)
+            plain = {
+                k: v if isinstance(v, (int, float, str)) else str(v) for k, v in flags.items()
+            }  # tensorboard takes no lists
+            accelerator.init_trackers(name, plain)
         with run.watching():
             student = train(run, args, accelerator)
         if run.source.skipped:
