@@ -22,6 +22,8 @@ from .report import block_of, blocks_in_order
 from .stock import StockRecord
 
 TAGS = ("diffusers", "ld-pruner", "pruned", "model-compression")
+NOT_TRAINING = ("config", "output_dir", "cache_dir", "logging_dir", "report_to", "push_to_hub", "hub_model_id")
+"""Flags of training/distill.py that say nothing about the training."""
 PAPER = "https://arxiv.org/abs/2404.11936"
 CITATION = """@article{castells2024ldpruner,
   title  = {LD-Pruner: Efficient Pruning of Latent Diffusion Models using Task-Agnostic Insights},
@@ -297,7 +299,9 @@ def _training(facts: CardFacts) -> str:
     if not facts.is_trained:
         return ""
     rows = [
-        [f"`{k}`", f"`{without_paths(str(v))}`"] for k, v in facts.recipe.items() if v not in (None, False, [], "")
+        [f"`{k}`", f"`{without_paths(str(v))}`"]
+        for k, v in facts.recipe.items()
+        if k not in NOT_TRAINING and v not in (None, False, [], "")
     ]
     flags = "\n\n" + table(["flag", "value"], rows, text_columns=2) if rows else ""
     log = f"\n\n{facts.training}" if facts.training else ""

@@ -12,10 +12,12 @@ adding the moves, and needs far fewer directions.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +79,7 @@ def linear_run(
             gains[i] = torch.stack([g.float().flatten(1).square().mean(1) for g in gradients]).mean(0)
             inputs = graph.inputs(i)
             fresh = {id(t): t.detach().requires_grad_() for t in inputs}
-            call = graph.calls[i].mapped(lambda t, fresh=fresh: fresh.get(id(t), t))
+            call = graph.calls[i].mapped(functools.partial(_renewed, fresh))
             watcher.batch = len(owners[i])
             with torch.enable_grad():
                 output = output_tensor(run(model, call))
@@ -93,6 +95,14 @@ def linear_run(
                     squares[n, i] += (products.cpu() @ owners[i]).square() / probes
     squares[sorted(watcher.failed)] = float("nan")
     return LinearRun(squares, graph.moments(), gains, owners)
+
+
+def _renewed(fresh: dict[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    return fresh.get(id(tensor), tensor)
+
+
+def _replaced(new: dict[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    return new.get(id(tensor), tensor)
 
 
 @contextmanager

@@ -213,7 +213,7 @@ def _load_plan(target: str | os.PathLike) -> PruningPlan:
     except PlanError:
         if Path(target).exists():
             raise
-        expected = "a whole number of operators, a PruningPlan, the file or Hub id of one"
+        expected = "a whole number of operators, a PruningPlan or the file or Hub id of one"
         raise ValueError(
             f"target: got {target!r}, expected {expected}, or the name of a hand-made plan ({', '.join(PRESETS)})"
         ) from None

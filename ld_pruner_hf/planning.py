@@ -126,6 +126,10 @@ def make_plan(
         check_criterion(criterion)
     if goal.rounds > 1:
         check_joint(criterion or CRITERIA[0])
+        if score_kwargs.get("effort", "exact") != "exact":
+            raise ValueError(
+                f"effort: got {score_kwargs['effort']!r}; method 'rounds' measures removals together, with effort='exact'"
+            )
         if scores is not None:
             raise ValueError(
                 "scores: method 'rounds' scores anew in each round; leave them out, and pass the arguments of score instead"

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from . import report
-from .evaluation import Evaluation
+from .evaluation import Evaluation, Measurement
 from .evaluation.generation import kind_of, sample_rate_of, wav_bytes
 from .latents import call_parameters, preserved
 from .plan import PruningPlan, write_atomically
@@ -225,11 +225,24 @@ def sweep_section(result: Sweep) -> str:
     )
 
 
+def _cell(result: Measurement, evaluation: Evaluation) -> str:
+    """A number short enough for a phone, its uncertainty in small print."""
+    size = next((p for p in ((1e9, " G"), (1e6, " M")) if not result.unit and abs(result.value) >= p[0]), (1.0, ""))
+    small = "" if result.uncertainty is None else f"± {result.uncertainty:.2g}"
+    small += "" if result.model in evaluation.models else f" {result.model}"
+    unit = f" {result.unit}" if result.unit else ""
+    return f"{result.value / size[0]:.4g}{size[1]}{unit}" + (f"\n{small.strip()}" if small else "")
+
+
 def evaluation_section(evaluation: Evaluation) -> str:
     """The before/after table, with extractors and commands."""
     names = [f"{label}: {name}" for label, name in evaluation.models.items()]
-    columns = evaluation.columns()
-    rows = [[f"{row[0]}\n{row[-1]}" if row[-1] else row[0], *row[1:-1]] for row in evaluation.rows()]
+    last = list(evaluation.models)[-1]
+    rows = []
+    for name, extractor in dict.fromkeys((r.name, r.extractor) for r in evaluation.results):
+        found = [r for r in evaluation.results if (r.name, r.extractor) == (name, extractor)]
+        compared = {r.model if r.model in evaluation.models else last: _cell(r, evaluation) for r in found}
+        rows.append([f"{name}\n{extractor}" if extractor else name, *(compared.get(m, "") for m in evaluation.models)])
     devices = ", ".join(dict.fromkeys(r.device for r in evaluation.results if r.device))
     commands = "\n".join(dict.fromkeys(r.command for r in evaluation.results if r.command))
     notes = [
@@ -238,7 +251,7 @@ def evaluation_section(evaluation: Evaluation) -> str:
     ]
     return (
         f"<p>{html.escape('; '.join(names))}.</p>"
-        + report.table_html(["", *columns], rows)
+        + report.table_html(["", *evaluation.models], rows)
         + "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
         + f'<p class="note">Measured on {html.escape(devices)}.</p>'
         + (f"<pre>{html.escape(commands)}</pre>" if commands else "")

@@ -19,6 +19,8 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    GPT2Config,
+    GPT2LMHeadModel,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
     T5Config,
@@ -114,6 +116,10 @@ def text_with_projection() -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
 
 def t5() -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=16, n_embd=8, n_layer=1, n_head=2))
 
 
 def image_processor() -> CLIPImageProcessorPil:
@@ -236,7 +242,7 @@ def audioldm2() -> Built:
     unet = d.AudioLDM2UNet2DConditionModel(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=8, sample_size=32,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=(8, 16),
+        cross_attention_dim=[[8, 16], [8, 16]],
     )  # fmt: skip
     vocoder = SpeechT5HifiGan(
         SpeechT5HifiGanConfig(
@@ -249,7 +255,7 @@ def audioldm2() -> Built:
             block_out_channels=[16, 32], in_channels=1, out_channels=1, down_block_types=["DownEncoderBlock2D"] * 2,
             up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, norm_num_groups=8,
         ),
-        text_encoder=None, text_encoder_2=t5(), projection_model=None, language_model=None, tokenizer=None,
+        text_encoder=None, text_encoder_2=t5(), projection_model=None, language_model=gpt2(), tokenizer=None,
         tokenizer_2=None, feature_extractor=None, unet=unet, scheduler=tiny.scheduler(), vocoder=vocoder,
     )  # fmt: skip
     ones = torch.ones(1, 5, dtype=torch.long)

@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch.utils._pytree import tree_map
 
-from ld_pruner_hf import OperatorScores, PlanError
+from ld_pruner_hf import OperatorScores, PlanError, make_plan
 from ld_pruner_hf.effort import EFFORTS, Budget, Estimates, sorts_of
 from ld_pruner_hf.latents import final_latents, make_jobs, preserved
 from ld_pruner_hf.linear import linear_run
@@ -173,3 +173,9 @@ def test_agreement_of_halves():
     halves = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0]])
     estimates = Estimates(halves[0], halves)
     assert [estimates.agreement(k) for k in (1, 2, 3)] == [1.0, 0.5, 1.0]
+
+
+def test_rounds_and_joint_damage_are_exact_and_say_so_at_once(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.unet, "forward", None)  # nothing may run
+    with pytest.raises(ValueError, match="method 'rounds' measures removals together, with effort='exact'"):
+        make_plan(pipe, 3, method="rounds", effort="fast", conditions="pizza")

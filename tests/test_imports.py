@@ -29,7 +29,7 @@ LEVELS = {
     "cli.common": 13, "app": 13,
     "cli.output": 14, "cli.evaluate": 14, "cli.distill": 14,
     "cli": 16,
-    "__init__": 17, "__main__": 17,
+    "__init__": 17, "__main__": 17, "cli.__main__": 17,
 }  # fmt: skip
 LEVELS |= {f"cli.{path.stem}": 15 for path in (PACKAGE / "cli").glob("[!_]*.py") if f"cli.{path.stem}" not in LEVELS}
 

@@ -67,7 +67,7 @@ def _target(text: str | None) -> int | str | PruningPlan | None:
         if Path(text).exists():
             raise
         raise ValueError(
-            f"{text}: got no whole number, no file, no Hub id and none of the hand-made plans ({', '.join(PRESETS)})"
+            f"{text}: no such file, no Hub id, no whole number and none of the hand-made plans ({', '.join(PRESETS)})"
         ) from error
 
 

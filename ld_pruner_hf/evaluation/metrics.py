@@ -17,6 +17,7 @@ from .extractors import SHIPPED
 INCEPTION_SPLITS = 10
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+_ALONE: Any = {"sync_on_compute": False}  # one process measures; torchmetrics would wait for the others
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
         a, b, d + 1, f"Fréchet distance of {d} features",
         "; generate more, use KID, or an extractor with fewer features (shipped: 128)",
     )  # fmt: skip
-    metric = FrechetInceptionDistance(feature=_passthrough(a)).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_passthrough(a), **_ALONE).set_dtype(torch.float64)
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)
     return max(0.0, float(metric.compute()))
@@ -120,7 +121,7 @@ def kernel_distance(
     _check_features(a, b, 4, "KID")
     size = subset_size or min(KID_SUBSET_SIZE, len(a) // 2, len(b) // 2)
     with _seeded(seed):
-        metric = KernelInceptionDistance(feature=_passthrough(a), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(feature=_passthrough(a), subsets=subsets, subset_size=size, **_ALONE)
         metric.update(a.double(), real=True)
         metric.update(b.double(), real=False)
         mean, std = metric.compute()
@@ -134,7 +135,7 @@ def inception_score(logits: torch.Tensor, splits: int = INCEPTION_SPLITS, seed: 
 
     _check_features(logits, logits, 2 * splits, "IS")
     with _seeded(seed):
-        metric = InceptionScore(feature=_passthrough(logits), splits=splits)
+        metric = InceptionScore(feature=_passthrough(logits), splits=splits, **_ALONE)
         metric.update(logits.double())
         mean, std = metric.compute()
     return float(mean), float(std)

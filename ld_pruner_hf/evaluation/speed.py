@@ -129,7 +129,7 @@ def pipeline_params(pipe: Any) -> int:
 
 def size_on_disk(pipe: Any, name: str | None = None) -> int | None:
     """Bytes of the folder that the pipeline was loaded from; None if there is none."""
-    candidates = [name, getattr(pipe, "_name_or_path", None), pipe.config.get("_name_or_path")]
+    candidates = [name, pipe.config.get("_name_or_path")]
     for folder in (Path(c).expanduser() for c in candidates if c):
         if (folder / "model_index.json").is_file():
             return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
