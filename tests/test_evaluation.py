@@ -379,7 +379,7 @@ def test_processes_share_the_samples(saved, tmp_path):
         "-o", str(tmp_path), "-n", "24", "--metrics", "is", "--extractor", "shipped", "--num-inference-steps", "1", "--no-costs",
         "--device", "cpu",
     ]  # fmt: skip
-    env = os.environ | {
+    env = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"} | {
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(cli.__file__).parents[2]),

@@ -143,7 +143,7 @@ def test_realistic_sizes_meet_the_budget_to_the_last_parameter():
         assert damage(ratio(scores, "params", target)) >= damage(rows) * (1 - 1e-9)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["knapsack", "ratio"])
 def test_all_of_it_and_the_best_stand_in(method):
     scores = make_scores([
         ("a", "identity", 5, 4.0), ("a", "zero", 5, 1.0), ("b", "identity", 3, 1.0), ("b.c", "identity", 2, 0.1), ("b.d", "zero", 2, 0.2),
@@ -172,7 +172,7 @@ def test_ratio_takes_a_block_for_its_parts():
     assert [r.path for r in ratio(scores, "params", 5)] == ["b"]
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["knapsack", "ratio"])
 def test_failed_and_useless_rows_are_never_taken(method):
     scores = make_scores([("a", "identity", 5, 1.0), ("b", "identity", 0, 0.0), ("c", "identity", -3, 0.0)])
     failed = OperatorScore("d", "Block", SPECS["identity"], params_removed=50, error="RuntimeError")
@@ -182,7 +182,7 @@ def test_failed_and_useless_rows_are_never_taken(method):
         METHODS[method](scores, "params", 6)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["knapsack", "ratio"])
 @pytest.mark.parametrize("target", [0, -1, float("nan"), float("inf"), True, "many"])
 def test_targets_that_are_none(method, target):
     with pytest.raises(ValueError, match="expected a positive number"):
@@ -202,7 +202,7 @@ def test_latency_needs_latency():
         knapsack(scores, "latency", 0.3)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["knapsack", "ratio"])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_largest_saving_is_reachable_in_spite_of_rounding(method, seed):
     rng = random.Random(seed)
