@@ -218,4 +218,4 @@ def test_row_file_of_another_run_is_refused_and_left_as_it_is(tmp_path):
 def test_row_file_without_a_path_writes_nothing():
     file = RowFile(None, {})
     file.append(row("a"))
-    assert file.found == {}
+    assert file.found == {row("a").key: row("a")}
