@@ -513,8 +513,10 @@ def main(argv=None):
         )
     rows = load_rows(args.train_data, recipe, task_class.columns)
     images = load_images(rows, recipe["resolution"], task_class.mode)
+    if recipe.get("random_flip"):
+        images, rows = torch.cat([images, images.flip(-1)]), pd.concat([rows, rows], ignore_index=True)
     probabilities = torch.tensor(rows["weight"].to_numpy(), dtype=torch.float32)
-    print(f"{len(rows)} images from {args.train_data}")
+    print(f"{len(images)} images from {args.train_data}{', half of them flipped' if recipe.get('random_flip') else ''}")
     task = task_class(recipe, rows)
     for stage in ("autoencoder", "denoiser"):
         (args.output_dir / stage).mkdir(parents=True, exist_ok=True)
