@@ -10,6 +10,7 @@ In short:
 
 from . import demo
 from . import hub as _hub
+from . import ip_adapter as _ip_adapter
 from . import modeling as _modeling
 from . import pipeline as _pipeline
 from .additivity import measure_additivity
@@ -46,5 +47,6 @@ __all__ = [
 ]  # fmt: skip
 
 _modeling.install()
+_ip_adapter.install()
 _pipeline.install()
 _hub.install()

@@ -14,10 +14,13 @@ from dataclasses import replace
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .plan import PlanError, PruningPlan, is_inside
+from .replacements import StandIn
 from .surgery import align_, apply_plan_, count_params
 
 PLAN_KEY = "pruning_plan"
@@ -27,6 +30,8 @@ GUARD_KEY = "quantization_config"
 GUARD = {
     "quant_method": "ld_pruner_hf (a pruned model: `pip install ld_pruner_hf`, then `import ld_pruner_hf` before loading)"
 }
+GUARDED_KEY = "quantization_config"
+"""Entry inside the guard of a model that was quantized after pruning: how."""
 
 REMOTE_MODULE = "ld_pruner_hf_code"
 """Name of the module that `publish --remote-code` puts beside a pruned model's config; `model_index.json` names it."""
@@ -94,7 +99,7 @@ def _is_guard(value: Any) -> bool:
 
 
 def _wrap_load_config(load_config: Callable[..., Any]) -> Any:
-    """`load_config` that hides our guard from diffusers: with this package present there is nothing to refuse.
+    """`load_config` that hides our guard from diffusers, but not a quantization in it: with this package present there is nothing to refuse.
 
     Nor is code from the Hub run where `model_index.json` names the module that `publish --remote-code` ships.
     """
@@ -105,7 +110,9 @@ def _wrap_load_config(load_config: Callable[..., Any]) -> Any:
         config = result[0] if isinstance(result, tuple) else result
         if isinstance(config, dict):
             if _is_guard(config.get(GUARD_KEY)):
-                del config[GUARD_KEY]
+                guard = config.pop(GUARD_KEY)
+                if GUARDED_KEY in guard:
+                    config[GUARD_KEY] = guard[GUARDED_KEY]
             for name, value in config.items():
                 if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == REMOTE_MODULE:
                     config[name] = ["diffusers", value[1]]
@@ -144,32 +151,66 @@ def _wrap_from_pretrained(from_pretrained: Callable[..., Any]) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if PLAN_KEY in getattr(model, "config", {}):
-            wrong = {
-                k: v for k in ("missing_keys", "mismatched_keys", "unexpected_keys") if (v := list(info.get(k) or ()))
-            }
+            wrong = {k: list(v) for k in ("missing_keys", "mismatched_keys", "unexpected_keys") if (v := info.get(k))}
             if wrong:
+                listed = ", ".join(f"{len(v)} {k} ({', '.join(map(str, v[:3]))})" for k, v in wrong.items())
                 raise PlanError(
-                    f"{pretrained_model_name_or_path}: the weights do not fit the plan in its config: {wrong}; the folder is "
+                    f"{pretrained_model_name_or_path}: the weights do not fit the plan in its config: {listed}; the folder is "
                     "incomplete or its config was edited, save or download the pruned model again"
                 )
             align_(model)
+            quantizer = getattr(model, "hf_quantizer", None)
+            if quantizer is not None:
+                model.register_to_config(
+                    **{GUARD_KEY: {**GUARD, GUARDED_KEY: quantizer.quantization_config.to_dict()}}
+                )
         return (model, info) if wants_info else model
 
     return classmethod(wrapped)
 
 
+def _lost_projection(attention: nn.Module) -> bool:
+    """Does a stand-in take the place of one of the projections that `fuse_qkv_projections` joins into one matrix?"""
+    projections = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    return any(isinstance(attention._modules.get(name), StandIn) for name in projections)
+
+
+def _wrap_fuse_projections(fuse_projections: Callable[..., None]) -> Callable[..., None]:
+    """`fuse_projections` that leaves an attention which lost a projection as it is."""
+
+    @functools.wraps(fuse_projections)
+    def wrapped(self: Attention, *args: Any, **kwargs: Any) -> None:
+        if not _lost_projection(self):
+            fuse_projections(self, *args, **kwargs)
+
+    return wrapped
+
+
+def _wrap_set_processor(set_processor: Callable[..., None]) -> Callable[..., None]:
+    """`set_processor` by which an attention that lost a projection gets no processor for fused ones."""
+
+    @functools.wraps(set_processor)
+    def wrapped(self: Attention, processor: Any) -> None:
+        if not (type(processor).__name__.startswith("Fused") and _lost_projection(self)):
+            set_processor(self, processor)
+
+    return wrapped
+
+
 def install() -> None:
-    """Teach diffusers to load pruned models; done once, on `import ld_pruner_hf`."""
+    """Teach diffusers to load pruned models, and to fuse what they still can; done once, on `import ld_pruner_hf`."""
+    if hasattr(ConfigMixin, "_by_ld_pruner_hf"):
+        return
+    ConfigMixin._by_ld_pruner_hf = True
     for owner, name, wrap in (
         (ConfigMixin, "load_config", _wrap_load_config),
         (ConfigMixin, "from_config", _wrap_from_config),
         (ModelMixin, "from_pretrained", _wrap_from_pretrained),
     ):
-        method = vars(owner)[name].__func__
-        if not getattr(method, "_by_ld_pruner_hf", False):
-            wrapped = wrap(method)
-            wrapped.__func__._by_ld_pruner_hf = True
-            setattr(owner, name, wrapped)
+        setattr(owner, name, wrap(vars(owner)[name].__func__))
+    Attention.fuse_projections = _wrap_fuse_projections(Attention.fuse_projections)
+    Attention.set_processor = _wrap_set_processor(Attention.set_processor)
+    AttentionModuleMixin._supports_qkv_fusion = property(lambda self: not _lost_projection(self))
 
 
 def kept_share(model: nn.Module) -> float:

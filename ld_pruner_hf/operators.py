@@ -17,7 +17,7 @@ from .latents import RecordedCall, calling, find_denoiser, make_conditions, pres
 from .plan import Modification, Operator, StandInSpec
 from .profiling import count_macs, device_of, latency_shares, run, synchronize
 from .replacements import stand_in_cost
-from .surgery import applied, count_params, paths_of, refuse_wrapped
+from .surgery import applied, check_replaceable, count_params, paths_of
 from .watching import Seen, watch_call
 
 STANDINS = ("all", "paper")
@@ -189,7 +189,8 @@ def find_operators(
         Operators in the order of `named_modules()`, filtered.
 
     Raises:
-        ValueError: unknown component, kind, argument, or a pattern that matches nothing.
+        ValueError: unknown component, kind, argument, or a pattern that matches nothing; a model that is wrapped, compiled,
+            offloaded layer by layer, hooked, adapted or quantized.
 
     Example:
         >>> operators = find_operators(pipe)
@@ -200,7 +201,7 @@ def find_operators(
         raise ValueError(f"standins: got {standins!r}, expected one of {STANDINS}")
     if isinstance(pipe_or_model, nn.Module):
         model = pipe_or_model
-        refuse_wrapped(model)
+        check_replaceable(model)
         filters = check_filters(model, include, exclude, kinds)
         call = recorded(example_inputs)
         training = [(m, m.training) for m in model.modules()]
@@ -215,7 +216,7 @@ def find_operators(
         first = {**first, **({} if "num_inference_steps" in first else steps_argument_if_any(pipe_or_model))}
         component = find_denoiser(pipe_or_model, component, **first)
         model = getattr(pipe_or_model, component)
-        refuse_wrapped(model)
+        check_replaceable(model)
         filters = check_filters(model, include, exclude, kinds)
         call = record_call(pipe_or_model, component, first)
         return _find(model, call, filters, standins, trial, latency, progress)

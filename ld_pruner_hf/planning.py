@@ -19,7 +19,7 @@ from .profiling import count_macs, peak_memory
 from .scores import CRITERIA, OperatorScore, OperatorScores, check_criterion
 from .scoring import check_joint, measure_damage, score_operators
 from .selection import METHODS, SAVINGS, check_k, innermost, ratio, top_k
-from .surgery import architecture_of, count_params, refuse_wrapped
+from .surgery import architecture_of, check_replaceable, count_params
 
 LAST_SCORES = "_ld_pruner_scores"
 OPERATORS_ONLY = ("include", "exclude", "kinds", "standins", "effort", "resume_from", "on_cost")
@@ -256,7 +256,7 @@ def first_call(pipe: DiffusionPipeline, name: str, score_kwargs: dict[str, Any])
 
 def component_of(pipe: DiffusionPipeline, name: str) -> nn.Module:
     model = getattr(pipe, find_denoiser(pipe, name))
-    refuse_wrapped(model)
+    check_replaceable(model)
     return model
 
 

@@ -16,7 +16,7 @@ from .latents import RecordedCall
 from .modeling import GUARD_KEY, PLAN_KEY, RECORD_KEY, plan_of
 from .plan import PruningPlan
 from .profiling import run
-from .surgery import count_params, refuse_wrapped
+from .surgery import check_replaceable, count_params
 
 Rename = Callable[[str], str]
 
@@ -197,7 +197,7 @@ def restructure_(
     Raises:
         ValueError: the stock model's weights are not found in `model`, or `same_output` says no; it is then as it was.
     """
-    refuse_wrapped(model)
+    check_replaceable(model)
     narrow = narrow or {}
     stock = build_stock(model, edits)
     wrong = misfits(model, stock, rename, narrow)

@@ -46,6 +46,48 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
+def check_replaceable(model: nn.Module) -> None:
+    """Raise ValueError for a model, wrapped or not, in which replacing modules would break something or have no effect.
+
+    Those are parts that `compile()` compiled, hooks of diffusers (group offload, caches, layerwise casting), hooks of accelerate inside
+    the model (sequential offload, device maps; whole-model offload does no harm), adapters, fused projections, and weights that are no
+    plain floating-point parameters (quantized by whatever library, or distributed).
+    """
+    refuse_wrapped(model)
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{type(model).__name__} has adapters ({', '.join(model.peft_config)}), expected a model without: fuse or unload them "
+            "(pipe.fuse_lora(), pipe.unload_lora_weights())"
+        )
+    for path, module in model.named_modules():
+        where = f"{type(model).__name__}{'.' + path if path else ''}"
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+        if hooks:
+            raise ValueError(
+                f"{where} has hooks ({', '.join(hooks)}), expected a model without: prune first, then enable group offload, caching or "
+                "layerwise casting (disable_cache() ends caching; for the others load the model anew)"
+            )
+        if path and hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"{where} has a {type(module._hf_hook).__name__}: its weights are offloaded or spread over devices one by one; call "
+                f"pipe.remove_all_hooks() or load without a device map, prune first, then offload (pipe.enable_model_cpu_offload() may stay on)"
+            )
+        if module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{where} is compiled, expected a plain module: load the model anew, prune first, then compile"
+            )
+        if getattr(module, "fused_projections", False):
+            raise ValueError(
+                f"{where} has fused projections: load the model anew, prune first, then fuse_qkv_projections()"
+            )
+        for name, p in module.named_parameters(recurse=False):
+            if type(p) is not nn.Parameter or not p.is_floating_point():
+                raise ValueError(
+                    f"{where}.{name} is a {type(p).__name__} of {p.dtype}, expected a plain floating-point parameter: quantized or "
+                    f"distributed weights cannot be replaced; load the model in float16 or bfloat16, prune first, then quantize"
+                )
+
+
 def paths_of(model: nn.Module) -> dict[int, list[str]]:
     """id(module) -> all names under which the model holds it."""
     paths: dict[int, list[str]] = {}
@@ -132,9 +174,9 @@ def apply_plan_(model: nn.Module, plan: PruningPlan) -> PruningPlan:
         The plan with the counts of what was removed here.
 
     Raises:
-        PlanError: the plan fits another architecture; the model is then as it was.
+        PlanError: the plan fits another architecture; the model is then as it was. ValueError: see `check_replaceable`.
     """
-    refuse_wrapped(model)
+    check_replaceable(model)
     check_plan(model, plan)
     before = count_params(model)
     swaps, counted = [], []

@@ -8,53 +8,30 @@ import pickle
 import families
 import pytest
 import torch
-from diffusers import AutoModel, AutoPipelineForImage2Image
+from accelerate import cpu_offload, cpu_offload_with_hook
+from diffusers import (
+    AutoModel,
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    ControlNetModel,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetPipeline,
+    T2IAdapter,
+)
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_processor import AttnProcessor, JointAttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from pruned import PATHS, Pruned
 
 import ld_pruner_hf
 from ld_pruner_hf import Modification, PruningPlan, plan_of
-from ld_pruner_hf.latents import preserved, record_call
-from ld_pruner_hf.operators import steps_argument_if_any
 from ld_pruner_hf.profiling import run
 from ld_pruner_hf.surgery import architecture_of
 
-PATHS = {
-    "sd": ["mid_block.attentions.0", "down_blocks.0.attentions.0.transformer_blocks.0.attn1", "up_blocks.1.resnets.0"],
-    "sd3": ["transformer_blocks.0.attn", "transformer_blocks.1.ff", "transformer_blocks.0.norm2"],
-}
 
-
-class Pruned:
-    """A pruned tiny pipeline with its denoiser and the arguments of one call of it."""
-
-    def __init__(self, name: str) -> None:
-        self.pipe, self.call = families.make(name)
-        operators = {
-            o.path: o for o in ld_pruner_hf.find_operators(self.pipe, latency=False, progress=False, **self.call)
-        }
-        self.component = "unet" if name == "sd" else "transformer"
-        chosen = [Modification(p, operators[p].kind, operators[p].stand_ins[0]) for p in PATHS[name]]
-        plan = PruningPlan(self.component, type(self.model).__name__, architecture_of(self.model), tuple(chosen))
-        self.pipe.prune(plan, **self.call)
-        with preserved(self.pipe):
-            self.model_call = record_call(self.pipe, self.component, {**self.call, **steps_argument_if_any(self.pipe)})
-
-    @property
-    def model(self):
-        return getattr(self.pipe, self.component)
-
-    @torch.no_grad()
-    def output(self, model=None) -> torch.Tensor:
-        return run(self.model if model is None else model, self.model_call)[0]
-
-    def same(self, model) -> bool:
-        return torch.equal(self.output(), self.output(model))
-
-
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=["sd", "sd3"])
 def pruned(request) -> Pruned:
     return Pruned(request.param)
 
@@ -100,6 +77,15 @@ def test_image_to_image_shares_the_pruned_model(pruned):
     assert made.images.shape == (1, 16, 16, 3)
 
 
+def test_inpainting_shares_the_pruned_model(pruned):
+    other = families.tiny.quiet(AutoPipelineForInpainting.from_pipe(pruned.pipe))
+    assert getattr(other, pruned.component) is pruned.model
+    if pruned.name == "sd":  # that of SD3 demands 16 latent channels, pruned or not
+        pictures = {"image": families.picture(), "mask_image": families.mask()}
+        made = other(**pictures, **pruned.call, strength=1.0, num_inference_steps=2, output_type="np", **families.SIZE)
+        assert made.images.shape == (1, 16, 16, 3)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(pruned):
     def gradients() -> dict[str, torch.Tensor]:
         pruned.model.zero_grad()
@@ -121,7 +107,7 @@ def test_lora_is_trained_saved_loaded_and_fused(pruned):
     run(pruned.model, pruned.model_call)[0].square().mean().backward()
     trained = {n for n, p in pruned.model.named_parameters() if p.requires_grad}
     assert trained and all(p.grad is not None for p in pruned.model.parameters() if p.requires_grad)
-    assert not any(n.startswith(PATHS["sd3" if pruned.component == "transformer" else "sd"][0] + ".") for n in trained)
+    assert not any(n.startswith(PATHS[pruned.name][0] + ".") for n in trained)
     adapted = pruned.output()
     assert not torch.equal(before, adapted)
     assert len(get_peft_model_state_dict(pruned.model)) == len(trained)
@@ -129,10 +115,32 @@ def test_lora_is_trained_saved_loaded_and_fused(pruned):
     torch.testing.assert_close(pruned.output(), adapted, rtol=1e-3, atol=1e-4)
 
 
-def test_group_offload(pruned):
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_group_offload(pruned, offload_type):
     before = pruned.output()
     cpu = torch.device("cpu")
-    apply_group_offloading(pruned.model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    apply_group_offloading(pruned.model, cpu, cpu, offload_type=offload_type, **blocks)
+    assert torch.equal(pruned.output(), before)
+
+
+def test_model_offload(pruned):
+    """Scored, pruned further and run while accelerate moves the whole model, as `pipe.enable_model_cpu_offload()` has it do."""
+    before = pruned.output()
+    _, hook = cpu_offload_with_hook(pruned.model, torch.device("cpu"))
+    assert torch.equal(pruned.output(), before)
+    hook.offload()
+    scores = pruned.pipe.score(num_inference_steps=1, seeds=1, kinds=["FeedForward"], **pruned.call)
+    pruned.pipe.prune(1, scores=scores, **pruned.call)
+    assert hasattr(pruned.model, "_hf_hook") and len(plan_of(pruned.model)) == len(PATHS[pruned.name]) + 1
+    assert not torch.equal(pruned.output(), before)
+
+
+def test_sequential_offload(pruned):
+    """Every layer's weights are on `meta` but for the moment of its call."""
+    before = pruned.output()
+    cpu_offload(pruned.model, torch.device("cpu"))
+    assert any(p.is_meta for p in pruned.model.parameters())
     assert torch.equal(pruned.output(), before)
 
 
@@ -153,6 +161,147 @@ def test_pruning_again(pruned, tmp_path):
     model.save_pretrained(tmp_path)
     assert pruned.same(type(model).from_pretrained(tmp_path))
 
+
+# ---- attention ----------------------------------------------------------------------------------------------------------------
+
+FUSED = {
+    "sd": ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k", "mid_block.attentions.0"),
+    "sd3": ("transformer_blocks.0.attn.to_v", "transformer_blocks.1.attn.add_q_proj"),
+    "flux": ("transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.attn.to_q"),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_projections_are_fused_where_all_of_them_are_left(name):
+    pruned = Pruned(name, FUSED[name])
+    before = pruned.output()
+    if name == "sd":
+        pruned.pipe.fuse_qkv_projections(vae=False)
+    else:
+        pruned.model.fuse_qkv_projections()
+    fused = {p for p, m in pruned.model.named_modules() if hasattr(m, "to_qkv") or hasattr(m, "to_kv")}
+    lost = {path.rpartition(".")[0] for path in FUSED[name] if not path.endswith("attentions.0")}
+    attentions = {p.removesuffix(".processor") for p in pruned.model.attn_processors}
+    assert lost < attentions and (name == "sd3" or fused == attentions - lost)
+    torch.testing.assert_close(pruned.output(), before)
+    pruned.model.unfuse_qkv_projections()
+    assert torch.equal(pruned.output(), before)
+
+
+def test_attention_processors_and_slicing(pruned):
+    before, processors = pruned.output(), pruned.model.attn_processors
+    assert not any(name.startswith(f"{path}.") for name in processors for path in PATHS[pruned.name])
+    pruned.model.set_attn_processor(AttnProcessor() if pruned.name == "sd" else JointAttnProcessor2_0())
+    torch.testing.assert_close(pruned.output(), before)
+    pruned.model.set_attn_processor(dict(processors))
+    assert pruned.model.attn_processors == processors and torch.equal(pruned.output(), before)
+    if pruned.name == "sd":  # transformers have no slicing, pruned or not
+        pruned.model.set_attention_slice("max")
+        torch.testing.assert_close(pruned.output(), before)
+
+
+def ip_adapter(model, width: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights of an IP-Adapter for the unpruned `model`, in the original's format, with one picture embedding of 16 values."""
+    torch.manual_seed(0)
+    tokens = {"proj.weight": torch.randn(4 * width, 16), "proj.bias": torch.randn(4 * width)}
+    layers = {}
+    joint = hasattr(model, "transformer_blocks")
+    names = [n for n in model.attn_processors if n.startswith("transformer_blocks.") or "attn2" in n]
+    for i, name in enumerate(names):
+        attention = model.get_submodule(name.removesuffix(".processor"))
+        for side in ("k", "v"):
+            key = f"{i if joint else 2 * i + 1}.to_{side}_ip"
+            layers[f"{key}.weight"] = torch.randn(attention.to_q.out_features, width)
+            if joint:
+                layers[f"{key}.bias"] = torch.randn(attention.to_q.out_features)
+    return {
+        "image_proj": {**tokens, "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)},
+        "ip_adapter": layers,
+    }
+
+
+IP_ADAPTED = {
+    "sd": ("down_blocks.0.attentions.0.transformer_blocks.0.attn2", "up_blocks.1.resnets.0"),
+    "flux": ("transformer_blocks.0.attn", "transformer_blocks.1.ff_context"),
+}
+
+
+@pytest.mark.parametrize("low_memory", [True, False])
+@pytest.mark.parametrize("name", IP_ADAPTED)
+def test_ip_adapter_weights_go_to_the_attentions_they_were_made_for(name, low_memory):
+    pruned, (original, _) = Pruned(name, IP_ADAPTED[name]), families.make(name)
+    original = getattr(original, pruned.component)
+    weights = ip_adapter(original, 32)
+    for model in (original, pruned.model):
+        model._load_ip_adapter_weights([weights], low_cpu_mem_usage=low_memory)
+    expected = dict(original.named_parameters())
+    found = {n: p for n, p in pruned.model.named_parameters() if "_ip." in n}
+    assert found and len(found) < sum("_ip." in n for n in expected)
+    assert all(torch.equal(p, expected[n]) for n, p in found.items())
+    picture = [torch.randn(1, 1, 16)]
+    call = {"ip_adapter_image_embeds": picture} | ({"guidance_scale": 1.0} if name == "sd" else {})
+    with_it = pruned.latents(**call)
+    pruned.pipe.set_ip_adapter_scale(0.0)
+    without = pruned.latents(**call)
+    assert torch.isfinite(with_it).all() and not torch.equal(with_it, without)
+    pruned.pipe.unload_ip_adapter()
+    torch.testing.assert_close(pruned.latents(**({"guidance_scale": 1.0} if name == "sd" else {})), without)
+
+
+def test_an_ip_adapter_is_refused_where_the_positions_are_lost():
+    pipe = ld_pruner_hf.demo.load("emoji")
+    weights = ip_adapter(pipe.unet, pipe.unet.config.cross_attention_dim)
+    pipe.prune("bk-sdm-base")
+    with pytest.raises(ValueError, match="by their position in the original"):
+        pipe.unet._load_ip_adapter_weights([weights])
+
+
+# ---- ControlNet and T2I-Adapter ----------------------------------------------------------------------------------------------
+
+
+def controlled(pipe, component: str):
+    if component == "controlnet":
+        original = families.make("sd")[0].unet
+        net = ControlNetModel.from_unet(original, conditioning_embedding_out_channels=(16, 32)).eval()
+        families.wake(pipe := StableDiffusionControlNetPipeline(**pipe.components, controlnet=net))
+        return families.tiny.quiet(pipe), "controlnet_conditioning_scale"
+    torch.manual_seed(0)
+    adapter = T2IAdapter(in_channels=3, channels=[32, 64], num_res_blocks=1, downscale_factor=2).eval()
+    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    return families.tiny.quiet(StableDiffusionAdapterPipeline(**parts, adapter=adapter)), "adapter_conditioning_scale"
+
+
+@pytest.mark.parametrize("component", ["controlnet", "adapter"])
+def test_residuals_of_control_models_fit(component):
+    pruned = Pruned("sd", (*PATHS["sd"], "down_blocks.0.downsamplers.0", "down_blocks.1.resnets.0"))
+    plain = pruned.latents()
+    pipe, scale = controlled(pruned.pipe, component)
+    assert pipe.unet is pruned.model
+    pruned.pipe, pruned.call = pipe, {**pruned.call, "image": families.picture()}
+    steered, not_steered = pruned.latents(**{scale: 1.0}), pruned.latents(**{scale: 0.0})
+    torch.testing.assert_close(not_steered, plain)
+    assert torch.isfinite(steered).all() and not torch.allclose(steered, plain)
+
+
+def test_a_controlnet_is_made_from_the_original(pruned):
+    """A ControlNet copies the U-Net's first half, which the pruned model no longer has as it was: an error, not random weights."""
+    if pruned.name == "sd":
+        with pytest.raises(RuntimeError, match="Missing key"):
+            ControlNetModel.from_unet(pruned.model, conditioning_embedding_out_channels=(16, 32))
+
+
+# ---- one file -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_a_single_file_with_the_folder_of_its_config(pruned, tmp_path, low_memory):
+    pruned.model.save_pretrained(tmp_path)
+    file = str(tmp_path / "diffusion_pytorch_model.safetensors")
+    loaded = type(pruned.model).from_single_file(file, config=str(tmp_path), low_cpu_mem_usage=low_memory)
+    assert pruned.same(loaded) and plan_of(loaded) == plan_of(pruned.model)
+
+
+# ---- without the plug-in ------------------------------------------------------------------------------------------------------
 
 WITHOUT_PLUGIN = """
 import sys

@@ -18,7 +18,7 @@ LEVELS = {
     "profiling": 3, "modeling": 3,
     "watching": 4, "stock": 4, "fitting": 4, "trajectory": 4, "measurements": 4, "remote_code": 4,
     "evaluation.generation": 4, "evaluation.speed": 4,
-    "operators": 5, "criteria": 5, "linear": 5, "presets": 5, "distillation": 5, "evaluation.run": 5,
+    "operators": 5, "ip_adapter": 5, "criteria": 5, "linear": 5, "presets": 5, "distillation": 5, "evaluation.run": 5,
     "features": 6, "effort": 6,
     "scoring": 7, "evaluation": 7,
     "additivity": 8, "lora": 8, "planning": 8, "report": 8,

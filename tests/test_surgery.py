@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from peft import LoraConfig
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ld_pruner_hf import Modification, OutputRule, PlanError, PruningPlan, StandInSpec, applied, apply_plan_
 from ld_pruner_hf.replacements import StandIn
-from ld_pruner_hf.surgery import architecture_of, count_params, refuse_wrapped, weights_of
+from ld_pruner_hf.surgery import architecture_of, check_replaceable, count_params, refuse_wrapped, weights_of
 
 IDENTITY = StandInSpec((OutputRule("input", 0, "identity"),))
 CONV = StandInSpec((OutputRule("input", 0, "adapt", (), 1, 4, 6),))
@@ -119,6 +123,68 @@ def test_wrapped_models_are_refused():
         refuse_wrapped(compiled)
     with pytest.raises(ValueError, match="unwrap it first"), applied(compiled, []):
         pass
+
+
+class Packed(nn.Parameter):
+    """Stands for the weights of bitsandbytes, GGUF, quanto and torchao: parameters of a class of their own."""
+
+
+def packed(model: nn.Module) -> None:
+    model.mid_block.resnets[0].conv1.weight = Packed(torch.zeros(8, 8))
+
+
+def integers(model: nn.Module) -> None:
+    model.conv_in.weight = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+
+
+CHANGES = {
+    "packed weights": (packed, r"UNet2DConditionModel.mid_block.resnets.0.conv1.weight is a Packed of torch.float32.*then quantize"),
+    "integer weights": (integers, r"conv_in.weight is a Parameter of torch.uint8.*load the model in float16 or bfloat16"),
+    "group offload": (lambda m: apply_group_offloading(m, torch.device("cpu"), offload_type="leaf_level"), "group_offloading.*prune first"),
+    "layerwise casting": (lambda m: apply_layerwise_casting(m, torch.float8_e4m3fn, torch.float32), "layerwise_casting.*prune first"),
+    "sequential offload": (lambda m: cpu_offload(m, torch.device("cpu")), r"AlignDevicesHook.*pipe.remove_all_hooks\(\)"),
+    "compiled in place": (lambda m: m.compile(), "UNet2DConditionModel is compiled.*then compile"),
+    "compiled block": (lambda m: m.mid_block.compile(), "UNet2DConditionModel.mid_block is compiled"),
+    "adapters": (lambda m: m.add_adapter(LoraConfig(r=2, target_modules=["to_q"])), r"has adapters \(default\).*fuse or unload"),
+    "fused projections": (lambda m: m.fuse_qkv_projections(), "has fused projections.*then fuse_qkv_projections"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_models_whose_modules_cannot_be_replaced_are_refused(change, scores):
+    pipe = tiny.stable_diffusion()
+    plan = plan_for(pipe.unet, modification("conv_act"))
+    make, message = CHANGES[change]
+    make(pipe.unet)
+    before = modules(pipe.unet)
+    for refused in (
+        lambda: pipe.score("red heart", num_inference_steps=1),
+        lambda: pipe.prune(plan),
+        lambda: pipe.prune(2, scores=scores),
+        lambda: pipe.prune("bk-sdm-base"),
+        lambda: apply_plan_(pipe.unet, plan),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    assert modules(pipe.unet) == before
+
+
+def test_a_denoiser_inside_ddp_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        pipe = tiny.stable_diffusion()
+        pipe.unet = DistributedDataParallel(pipe.unet)
+        with pytest.raises(ValueError, match=r"got a DistributedDataParallel.*unwrap it first"):
+            pipe.score("red heart", num_inference_steps=1)
+        with pytest.raises(ValueError, match=r"got a DistributedDataParallel.*unwrap it first"):
+            pipe.prune(2, prompt="red heart")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_plain_models_pass():
+    for model in (tiny.unet(), tiny.unet().half().to("meta"), nn.Sequential(nn.Linear(2, 2), nn.ReLU())):
+        check_replaceable(model)
 
 
 def test_fingerprints():
