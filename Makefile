@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		{ echo "ld_pruner_hf needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[select,plot,train,app,eval,audio,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[select,plot,train,app,eval,audio,ecosystem,dev]'
 	@touch $@
 
 demo: env

@@ -19,7 +19,7 @@ from .latents import RecordedCall, final_latents, find_denoiser, make_conditions
 from .plan import Modification, OutputRule, PruningPlan, StandInSpec
 from .profiling import run
 from .replacements import Adapter, channel_dim, pick_argument
-from .surgery import check_plan, get_operator, refuse_wrapped
+from .surgery import check_plan, check_replaceable, get_operator
 
 _POOLS: dict[int, Callable[..., torch.Tensor]] = {
     1: F.adaptive_avg_pool1d,
@@ -274,7 +274,7 @@ def fit_stand_ins(
             raise ValueError(
                 "calls: got none, expected at least one RecordedCall for a bare model; a pipeline makes its own"
             )
-        refuse_wrapped(model)
+        check_replaceable(model)
         check_plan(model, plan)
 
         def run_calls() -> None:
@@ -288,7 +288,7 @@ def fit_stand_ins(
     made = make_conditions(pipe, conditions, call_kwargs)
     with preserved(pipe):
         model = getattr(pipe, find_denoiser(pipe, plan.component or None, **made[0]))
-        refuse_wrapped(model)
+        check_replaceable(model)
         check_plan(model, plan)
         jobs = make_jobs(pipe, made, list(range(seed, seed + seeds)), batch_size)
 

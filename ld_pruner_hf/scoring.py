@@ -40,7 +40,7 @@ from .plan import Modification, Operator, StandInSpec, is_inside
 from .profiling import peak_memory, run
 from .replacements import stand_in_cost
 from .scores import LATENT_SHIFT, MEASURED_ALONE, OperatorScore, OperatorScores, RowFile, check_criterion
-from .surgery import applied, architecture_of, refuse_wrapped, weights_of
+from .surgery import applied, architecture_of, check_replaceable, weights_of
 from .trajectory import Moment, calibration_set, evenly, output_tensor, record_run
 
 Measure = Callable[[Operator, StandInSpec], dict[str, Any]]
@@ -235,7 +235,7 @@ def score_operators(
     with preserved(pipe):
         component = find_denoiser(pipe, component, **conditions[0])
         model: nn.Module = getattr(pipe, component)
-        refuse_wrapped(model)
+        check_replaceable(model)
         check_filters(model, include, exclude, kinds)
         settings: dict[str, Any] = {
             "conditions": [{k: _digest(v) for k, v in c.items()} for c in conditions],

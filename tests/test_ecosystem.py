@@ -1,4 +1,4 @@
-"""A pruned U-Net and a pruned MMDiT behave like any diffusers model: saved, copied, trained, adapted, offloaded, compiled."""
+"""A pruned U-Net and a pruned MMDiT behave like any diffusers model: saved, copied, trained, adapted, steered, offloaded, compiled."""
 
 from __future__ import annotations
 
@@ -100,19 +100,48 @@ def test_gradient_checkpointing_gives_the_same_gradients(pruned):
         torch.testing.assert_close(again[name], gradient)
 
 
-def test_lora_is_trained_saved_loaded_and_fused(pruned):
+def test_lora_is_trained_saved_loaded_and_fused(pruned, tmp_path):
     before = pruned.output()
-    targets = ["to_q", "to_k"]
-    pruned.model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    pruned.model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
     run(pruned.model, pruned.model_call)[0].square().mean().backward()
-    trained = {n for n, p in pruned.model.named_parameters() if p.requires_grad}
-    assert trained and all(p.grad is not None for p in pruned.model.parameters() if p.requires_grad)
+    trained = {n: p for n, p in pruned.model.named_parameters() if p.requires_grad}
+    assert trained and all(p.grad is not None for p in trained.values())
     assert not any(n.startswith(PATHS[pruned.name][0] + ".") for n in trained)
     adapted = pruned.output()
     assert not torch.equal(before, adapted)
-    assert len(get_peft_model_state_dict(pruned.model)) == len(trained)
-    pruned.model.fuse_lora()
-    torch.testing.assert_close(pruned.output(), adapted, rtol=1e-3, atol=1e-4)
+    layers = get_peft_model_state_dict(pruned.model)
+    assert len(layers) == len(trained)
+    pruned.pipe.save_lora_weights(tmp_path, **{f"{pruned.component}_lora_layers": layers})
+    again = Pruned(pruned.name)
+    again.pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(again.output(), adapted)
+    again.model.fuse_lora()
+    torch.testing.assert_close(again.output(), adapted, rtol=1e-3, atol=1e-4)
+    again.pipe.unload_lora_weights()
+    torch.testing.assert_close(again.output(), adapted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_lora_of_the_original_with_a_report_of_what_no_longer_fits(pruned, tmp_path):
+    original, _ = families.make(pruned.name)
+    model = getattr(original, pruned.component)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(model)
+    original.save_lora_weights(tmp_path, **{f"{pruned.component}_lora_layers": layers})
+    before = pruned.output()
+    fit = ld_pruner_hf.load_lora(pruned.pipe, tmp_path)
+    assert fit.gone and all(any(path.startswith(f"{lost}.") for lost in PATHS[pruned.name]) for path in fit.gone)
+    assert len(fit.gone) + len(fit.fitting) == len(layers) // 2 and not fit.misshapen
+    assert not torch.equal(pruned.output(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_another_dtype(pruned, dtype):
+    before = pruned.output()
+    call = pruned.model_call.mapped(lambda t: t.to(dtype) if t.is_floating_point() and t.ndim > 1 else t)
+    with torch.no_grad():
+        after = run(pruned.model.to(dtype), call)[0]
+    assert after.dtype == dtype
+    torch.testing.assert_close(after.float(), before, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
@@ -305,37 +334,53 @@ def test_a_single_file_with_the_folder_of_its_config(pruned, tmp_path, low_memor
 
 WITHOUT_PLUGIN = """
 import sys
+import diffusers
 import torch
-from diffusers import AutoModel, DiffusionPipeline, SD3Transformer2DModel
+from diffusers import AutoModel, DiffusionPipeline
 from safetensors.torch import load_file
 assert "ld_pruner_hf" not in sys.modules
-folder = sys.argv[1]
-model = folder + "/transformer"
-refused = 0
-for load, where in ((DiffusionPipeline, folder), (SD3Transformer2DModel, model), (AutoModel, model)):
-    for low_memory in (True, False):
-        try:
-            load.from_pretrained(where, low_cpu_mem_usage=low_memory)
-        except Exception as error:
-            assert "pip install ld_pruner_hf" in str(error), repr(error)
-            refused += 1
-built = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(model))
-try:
-    built.load_state_dict(load_file(model + "/diffusion_pytorch_model.safetensors"))
-except RuntimeError as error:
-    assert "Missing key" in str(error)
-    refused += 1
-print("refused", refused)
+folder, kind, stock = sys.argv[1], getattr(diffusers, sys.argv[2]), sys.argv[4]
+where = f"{folder}/{sys.argv[3]}"
+file = where + "/diffusion_pytorch_model.safetensors"
+refused = []
+
+def refuses(what, message, load):
+    try:
+        load()
+    except Exception as error:
+        assert message in str(error), (what, repr(error))
+        refused.append(what)
+    else:
+        sys.exit(what + " loaded a pruned model without the plug-in")
+
+for low_memory in (True, False):
+    options = {"low_cpu_mem_usage": low_memory}
+    told = "pip install ld_pruner_hf"
+    refuses("pipeline", told, lambda: DiffusionPipeline.from_pretrained(folder, **options))
+    refuses("component", told, lambda: kind.from_pretrained(where, **options))
+    refuses("AutoModel", told, lambda: AutoModel.from_pretrained(where, **options))
+    for config in (where, stock):
+        refuses("single file", "", lambda: kind.from_single_file(file, config=config, **options))
+built = kind.from_config(kind.load_config(where))
+refuses("by hand", "Missing key", lambda: built.load_state_dict(load_file(file)))
+unpruned = kind.from_config(kind.load_config(stock))
+assert [p.shape for p in built.parameters()] == [p.shape for p in unpruned.parameters()]
+print(len(refused), "refused")
 """
 
 
-def test_an_mmdit_is_refused_without_the_plug_in(python, tmp_path):
-    Pruned("sd3").pipe.save_pretrained(tmp_path)
-    assert python(WITHOUT_PLUGIN, tmp_path).stdout.strip().endswith("refused 7")
+def test_without_the_plug_in_nothing_loads_with_weights_that_are_not_its_own(pruned, python, tmp_path):
+    """`from_config` alone builds the unpruned model with new weights, as it always does; the weights then do not fit."""
+    stock = getattr(families.make(pruned.name)[0], pruned.component)
+    stock.save_pretrained(tmp_path / "stock")
+    pruned.pipe.save_pretrained(tmp_path / "pruned")
+    arguments = tmp_path / "pruned", type(pruned.model).__name__, pruned.component, tmp_path / "stock"
+    assert python(WITHOUT_PLUGIN, *arguments).stdout.strip().endswith("11 refused")
 
 
-def test_compiled_models_have_no_graph_breaks():
-    pruned = Pruned("sd3")
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_compiled_models_have_no_graph_breaks(name):
+    pruned = Pruned(name)
     compiled = torch.compile(pruned.model, backend="eager", fullgraph=True)
     torch.testing.assert_close(pruned.output(compiled), pruned.output())
     with pytest.raises(ValueError, match="unwrap it first"):

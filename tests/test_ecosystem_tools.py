@@ -138,8 +138,7 @@ def attention_broadcast(pipe):
 
 def faster_cache(pipe):
     return FasterCacheConfig(
-        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001),
-        unconditional_batch_skip_range=2, unconditional_batch_timestep_skip_range=(-1, 1001),
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 999),  # not in the first step
         attention_weight_callback=lambda _: 0.5, is_guidance_distilled=True, tensor_format="BCHW",
         current_timestep_callback=lambda: pipe._current_timestep,
     )  # fmt: skip

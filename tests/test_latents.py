@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import random
 
+import families
 import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, LTXLatentUpsamplePipeline
 
 from ld_pruner_hf.latents import (
     default_prompts,
@@ -91,6 +92,30 @@ def test_no_modules_at_all():
 
     with pytest.raises(ValueError, match="no denoiser found among its components"):
         find_denoiser(Empty(tiny.scheduler()))
+
+
+def test_pipelines_that_do_not_denoise():
+    """An upsampler of latents; a text-to-image pipeline's safety checker, named as the component."""
+    from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    upsampler = LTXLatentUpsamplerModel(in_channels=8, mid_channels=32, num_blocks_per_stage=1)
+    pipe = LTXLatentUpsamplePipeline(vae=families.make("ltx")[0].vae, latent_upsampler=upsampler)
+    message = (
+        r"LTXLatentUpsamplePipeline: no denoiser found among its components \['latent_upsampler', 'vae'\].*component="
+    )
+    for refused in (pipe.score, lambda: pipe.prune(2), lambda: pipe.prune(latency=0.2), pipe.profile):
+        with pytest.raises(ValueError, match=message):
+            refused()
+
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(text_config=vision, vision_config=vision, projection_dim=8)
+    pipe = tiny.stable_diffusion()
+    pipe.register_modules(safety_checker=StableDiffusionSafetyChecker(config))
+    for refused in (pipe.score, lambda *args, **kwargs: pipe.prune(2, *args, **kwargs)):
+        with pytest.raises(ValueError, match="'safety_checker' neither denoises nor decodes"):
+            refused(prompt="red heart", num_inference_steps=1, component="safety_checker")
 
 
 # ---- conditions ----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard, constants
+from pruned import Pruned
 
 import ld_pruner_hf
 from ld_pruner_hf import Evidence, OperatorScores, PruningPlan, cli, load_plan, publish
@@ -290,6 +291,14 @@ def test_push_to_hub_of_a_pruned_pipeline(hub, base, scores):
     assert "5 operators" in repo.read("README.md").decode()
     again = DiffusionPipeline.from_pretrained("alice/from-memory")
     assert np.array_equal(picture(again), picture(pipe))
+
+
+def test_push_to_hub_of_an_mmdit_and_of_its_denoiser_alone(hub):
+    pruned = Pruned("sd3")
+    pruned.pipe.push_to_hub("alice/mmdit")
+    assert pruned.same(DiffusionPipeline.from_pretrained("alice/mmdit").transformer)
+    pruned.model.push_to_hub("alice/transformer")
+    assert pruned.same(type(pruned.model).from_pretrained("alice/transformer"))
 
 
 def test_push_to_hub_of_other_pipelines_is_diffusers_own(hub):
