@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,38 +55,41 @@ def check_replaceable(model: nn.Module) -> None:
     plain floating-point parameters (quantized by whatever library, or distributed).
     """
     refuse_wrapped(model)
-    if getattr(model, "peft_config", None):
-        raise ValueError(
-            f"{type(model).__name__} has adapters ({', '.join(model.peft_config)}), expected a model without: fuse or unload them "
-            "(pipe.fuse_lora(), pipe.unload_lora_weights())"
-        )
     for path, module in model.named_modules():
-        where = f"{type(model).__name__}{'.' + path if path else ''}"
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
-        if hooks:
-            raise ValueError(
-                f"{where} has hooks ({', '.join(hooks)}), expected a model without: prune first, then enable group offload, caching or "
-                "layerwise casting (disable_cache() ends caching; for the others load the model anew)"
+        why = _obstacle(module, is_inside=bool(path))
+        if why:
+            raise ValueError(f"{type(model).__name__}{'.' * bool(path)}{path} {why}")
+
+
+def _obstacle(module: Any, is_inside: bool) -> str:
+    """Why nothing can be replaced while a module is like this, and the remedy; "" for a plain module."""
+    adapters, registry = getattr(module, "peft_config", None), getattr(module, "_diffusers_hook", None)
+    if adapters:
+        return (
+            f"has adapters ({', '.join(adapters)}), expected none: fuse or unload them first (pipe.fuse_lora(), "
+            "pipe.unload_lora_weights())"
+        )
+    if registry is not None and registry.hooks:
+        return (
+            f"has hooks ({', '.join(registry.hooks)}), expected none: prune first, then enable group offload, caching or layerwise "
+            "casting (disable_cache() ends caching; for the others load the model anew)"
+        )
+    if is_inside and hasattr(module, "_hf_hook"):
+        return (
+            f"has a {type(module._hf_hook).__name__}, which offloads its weights or puts them on a device of their own, expected none: "
+            "call pipe.remove_all_hooks() or load without a device map, prune, then offload (pipe.enable_model_cpu_offload() may stay on)"
+        )
+    if module._compiled_call_impl is not None:
+        return "is compiled, expected a plain module: load the model anew, prune, then compile"
+    if getattr(module, "fused_projections", False):
+        return "has fused projections, expected separate ones: load the model anew, prune, then fuse_qkv_projections()"
+    for name, p in module.named_parameters(recurse=False):
+        if type(p) is not nn.Parameter or not p.is_floating_point():
+            return (
+                f"has its {name} as a {type(p).__name__} of {p.dtype}, expected a plain floating-point parameter: quantized or "
+                "distributed weights cannot be replaced; load the model in float16 or bfloat16, prune, then quantize"
             )
-        if path and hasattr(module, "_hf_hook"):
-            raise ValueError(
-                f"{where} has a {type(module._hf_hook).__name__}: its weights are offloaded or spread over devices one by one; call "
-                f"pipe.remove_all_hooks() or load without a device map, prune first, then offload (pipe.enable_model_cpu_offload() may stay on)"
-            )
-        if module._compiled_call_impl is not None:
-            raise ValueError(
-                f"{where} is compiled, expected a plain module: load the model anew, prune first, then compile"
-            )
-        if getattr(module, "fused_projections", False):
-            raise ValueError(
-                f"{where} has fused projections: load the model anew, prune first, then fuse_qkv_projections()"
-            )
-        for name, p in module.named_parameters(recurse=False):
-            if type(p) is not nn.Parameter or not p.is_floating_point():
-                raise ValueError(
-                    f"{where}.{name} is a {type(p).__name__} of {p.dtype}, expected a plain floating-point parameter: quantized or "
-                    f"distributed weights cannot be replaced; load the model in float16 or bfloat16, prune first, then quantize"
-                )
+    return ""
 
 
 def paths_of(model: nn.Module) -> dict[int, list[str]]:

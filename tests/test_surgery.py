@@ -138,8 +138,8 @@ def integers(model: nn.Module) -> None:
 
 
 CHANGES = {
-    "packed weights": (packed, r"UNet2DConditionModel.mid_block.resnets.0.conv1.weight is a Packed of torch.float32.*then quantize"),
-    "integer weights": (integers, r"conv_in.weight is a Parameter of torch.uint8.*load the model in float16 or bfloat16"),
+    "packed weights": (packed, r"UNet2DConditionModel.mid_block.resnets.0.conv1 has its weight as a Packed of torch.float32.*then quantize"),
+    "integer weights": (integers, r"conv_in has its weight as a Parameter of torch.uint8.*load the model in float16 or bfloat16"),
     "group offload": (lambda m: apply_group_offloading(m, torch.device("cpu"), offload_type="leaf_level"), "group_offloading.*prune first"),
     "layerwise casting": (lambda m: apply_layerwise_casting(m, torch.float8_e4m3fn, torch.float32), "layerwise_casting.*prune first"),
     "sequential offload": (lambda m: cpu_offload(m, torch.device("cpu")), r"AlignDevicesHook.*pipe.remove_all_hooks\(\)"),
