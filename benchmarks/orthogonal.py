@@ -1,7 +1,7 @@
 """What few-step schedulers, token merging and caches add to the speed-up of pruning: whole generations, timed in turns.
 
     OMP_NUM_THREADS=1 python benchmarks/orthogonal.py                      # the shipped emoji pipeline
-    OMP_NUM_THREADS=1 python benchmarks/orthogonal.py --model flux         # a Flux transformer of 24M parameters, random weights
+    OMP_NUM_THREADS=1 python benchmarks/orthogonal.py --model flux         # a small Flux transformer with random weights
 
 For each method four pipelines take turns: the original and the pruned one, each with and without it. Only time is measured here:
 few steps need a distilled model, and what merging and caching cost in quality depends on their settings.
@@ -41,7 +41,7 @@ def flux():
     """A pipeline around a Flux transformer with random weights: 256 picture tokens, 64 of text."""
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
-        in_channels=16, num_layers=4, num_single_layers=8, attention_head_dim=32, num_attention_heads=8,
+        in_channels=16, num_layers=2, num_single_layers=4, attention_head_dim=32, num_attention_heads=4,
         joint_attention_dim=256, pooled_projection_dim=64, axes_dims_rope=(8, 12, 12),
     ).eval()  # fmt: skip
     vae = AutoencoderKL(latent_channels=4, block_out_channels=(32, 32), down_block_types=["DownEncoderBlock2D"] * 2,
@@ -116,7 +116,7 @@ def main():
     original.set_progress_bar_config(disable=True)
     pruned = copy.deepcopy(original)
     plan = pruned.prune(macs=args.macs, method="ratio", scores=scores, **call)
-    print(f"{plan.how['measured']['macs']:.1%} of the MACs pruned, {STEPS} steps; {platform.processor()}, "
+    print(f"{plan.how['measured']['macs']:.1%} of the MACs pruned, {STEPS} steps; {platform.machine()}, "
           f"{torch.get_num_threads()} thread(s), {args.rounds} rounds, median and 99% interval of the ratio a round")  # fmt: skip
     print("| method | alone | pruned alone | both | both / (alone x pruned) |\n|---|---|---|---|---|")
     for name, method in METHODS[args.model].items():

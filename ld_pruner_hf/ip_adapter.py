@@ -49,4 +49,4 @@ def install() -> None:
     for loader in _LOADERS:
         method = loader._convert_ip_adapter_attn_to_diffusers
         if not hasattr(method, "__wrapped__"):
-            loader._convert_ip_adapter_attn_to_diffusers = _wrap_convert(method)
+            loader._convert_ip_adapter_attn_to_diffusers = _wrap_convert(method)  # type: ignore[method-assign]

@@ -201,16 +201,17 @@ def install() -> None:
     """Teach diffusers to load pruned models, and to fuse what they still can; done once, on `import ld_pruner_hf`."""
     if hasattr(ConfigMixin, "_by_ld_pruner_hf"):
         return
-    ConfigMixin._by_ld_pruner_hf = True
+    ConfigMixin._by_ld_pruner_hf = True  # type: ignore[attr-defined]
     for owner, name, wrap in (
         (ConfigMixin, "load_config", _wrap_load_config),
         (ConfigMixin, "from_config", _wrap_from_config),
         (ModelMixin, "from_pretrained", _wrap_from_pretrained),
+        (Attention, "fuse_projections", _wrap_fuse_projections),
+        (Attention, "set_processor", _wrap_set_processor),
     ):
-        setattr(owner, name, wrap(vars(owner)[name].__func__))
-    Attention.fuse_projections = _wrap_fuse_projections(Attention.fuse_projections)
-    Attention.set_processor = _wrap_set_processor(Attention.set_processor)
-    AttentionModuleMixin._supports_qkv_fusion = property(lambda self: not _lost_projection(self))
+        method = vars(owner)[name]
+        setattr(owner, name, wrap(getattr(method, "__func__", method)))
+    AttentionModuleMixin._supports_qkv_fusion = property(lambda self: not _lost_projection(self))  # type: ignore[assignment]
 
 
 def kept_share(model: nn.Module) -> float:

@@ -168,5 +168,5 @@ def test_caches_skip_what_is_left_of_the_model(cache):
 
 def test_caches_of_whole_blocks_refuse_stand_ins_for_blocks():
     pruned = Pruned("flux", ("transformer_blocks.0", "transformer_blocks.1.ff_context"))
-    with pytest.raises(ValueError, match="StandIn.*not registered"):
+    with pytest.raises(ValueError, match=r"StandIn.*not registered"):
         pruned.model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
