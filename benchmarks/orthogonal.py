@@ -10,7 +10,6 @@ few steps need a distilled model, and what merging and caching cost in quality d
 import argparse
 import copy
 import platform
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -26,7 +25,7 @@ from diffusers import (
 from diffusers.hooks import apply_pyramid_attention_broadcast
 
 from ld_pruner_hf import demo
-from ld_pruner_hf.evaluation import speed_up, time_in_turns
+from ld_pruner_hf.evaluation import Timing, speed_up, time_in_turns
 
 STEPS = 20
 ALL_TIMESTEPS = (-1, 1001)
@@ -126,17 +125,14 @@ def main():
             changed = copy.deepcopy(pipe)
             calls[f"{which} with it"] = generation(changed, call, **method(changed))
         times = time_in_turns(calls, torch.device("cpu"), args.rounds)
-        alone, less, both = (
-            speed_up(times["original"], times[k]) for k in ("original with it", "pruned", "pruned with it")
-        )
-        product = [
-            (o / b) / ((o / a) * (o / p))
-            for o, a, p, b in zip(
-                *(times[k].times_ms for k in ("original", "original with it", "pruned", "pruned with it")), strict=True
-            )
-        ]
-        cells = [f"{s.value:.2f} ({s.low:.2f}-{s.high:.2f})" for s in (alone, less, both)]
-        print(f"| {name} | {' | '.join(cells)} | {statistics.median(product):.2f} |", flush=True)
+        original_ms, alone_ms, pruned_ms, both_ms = (times[which].times_ms for which in calls)
+        cells = [speed_up(times["original"], times[which]) for which in list(calls)[1:]]
+        cells.append(speed_up(product(alone_ms, pruned_ms), product(original_ms, both_ms)))
+        print(f"| {name} | {' | '.join(f'{c.value:.2f} ({c.low:.2f}-{c.high:.2f})' for c in cells)} |", flush=True)
+
+
+def product(a, b):
+    return Timing(tuple(x * y for x, y in zip(a, b, strict=True)))
 
 
 if __name__ == "__main__":
