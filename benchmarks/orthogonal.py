@@ -1,4 +1,4 @@
-"""What few-step schedulers, token merging and caches add to the speed-up of pruning: whole generations, timed in turns.
+"""What few-step schedulers, token merging and caches add to the speed-up of pruning: CPU time of whole generations, in turns.
 
     OMP_NUM_THREADS=1 python benchmarks/orthogonal.py                      # the shipped emoji pipeline
     OMP_NUM_THREADS=1 python benchmarks/orthogonal.py --model flux         # a small Flux transformer with random weights
@@ -10,6 +10,7 @@ few steps need a distilled model, and what merging and caching cost in quality d
 import argparse
 import copy
 import platform
+import time
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ from diffusers import (
 from diffusers.hooks import apply_pyramid_attention_broadcast
 
 from ld_pruner_hf import demo
-from ld_pruner_hf.evaluation import Timing, speed_up, time_in_turns
+from ld_pruner_hf.evaluation import Timing, speed_up
 
 STEPS = 20
 ALL_TIMESTEPS = (-1, 1001)
@@ -124,11 +125,23 @@ def main():
             calls[which] = generation(pipe, call)
             changed = copy.deepcopy(pipe)
             calls[f"{which} with it"] = generation(changed, call, **method(changed))
-        times = time_in_turns(calls, torch.device("cpu"), args.rounds)
+        times = cpu_times_in_turns(calls, args.rounds)
         original_ms, alone_ms, pruned_ms, both_ms = (times[which].times_ms for which in calls)
         cells = [speed_up(times["original"], times[which]) for which in list(calls)[1:]]
         cells.append(speed_up(product(alone_ms, pruned_ms), product(original_ms, both_ms)))
         print(f"| {name} | {' | '.join(f'{c.value:.2f} ({c.low:.2f}-{c.high:.2f})' for c in cells)} |", flush=True)
+
+
+def cpu_times_in_turns(calls, rounds, warmup=1):
+    """CPU time of functions that take turns, every other round in reverse; with one thread, wall-clock time on an idle machine."""
+    times = {name: [] for name in calls}
+    for i in range(warmup + rounds):
+        for name in list(calls)[:: 1 if i % 2 else -1]:
+            start = time.process_time()
+            calls[name]()
+            if i >= warmup:
+                times[name].append((time.process_time() - start) * 1e3)
+    return {name: Timing(tuple(ms)) for name, ms in times.items()}
 
 
 def product(a, b):
