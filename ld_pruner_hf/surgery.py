@@ -66,7 +66,7 @@ def _obstacle(module: Any, is_inside: bool) -> str:
     adapters, registry = getattr(module, "peft_config", None), getattr(module, "_diffusers_hook", None)
     if adapters:
         return (
-            f"has adapters ({', '.join(adapters)}), expected none: fuse or unload them first (pipe.fuse_lora(), "
+            f"has adapters ({', '.join(adapters)}), expected none: unload or fuse adapters first (pipe.fuse_lora(), "
             "pipe.unload_lora_weights())"
         )
     if registry is not None and registry.hooks:

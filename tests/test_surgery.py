@@ -145,7 +145,7 @@ CHANGES = {
     "sequential offload": (lambda m: cpu_offload(m, torch.device("cpu")), r"AlignDevicesHook.*pipe.remove_all_hooks\(\)"),
     "compiled in place": (lambda m: m.compile(), "UNet2DConditionModel is compiled.*then compile"),
     "compiled block": (lambda m: m.mid_block.compile(), "UNet2DConditionModel.mid_block is compiled"),
-    "adapters": (lambda m: m.add_adapter(LoraConfig(r=2, target_modules=["to_q"])), r"has adapters \(default\).*fuse or unload"),
+    "adapters": (lambda m: m.add_adapter(LoraConfig(r=2, target_modules=["to_q"])), r"has adapters \(default\).*unload or fuse"),
     "fused projections": (lambda m: m.fuse_qkv_projections(), "has fused projections.*then fuse_qkv_projections"),
 }  # fmt: skip
 

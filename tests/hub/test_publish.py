@@ -296,7 +296,9 @@ def test_push_to_hub_of_a_pruned_pipeline(hub, base, scores):
 def test_push_to_hub_of_an_mmdit_and_of_its_denoiser_alone(hub):
     pruned = Pruned("sd3")
     pruned.pipe.push_to_hub("alice/mmdit")
-    absent = {name: None for name, part in pruned.pipe.components.items() if part is None}  # the tiny one has no text encoders
+    absent = {
+        name: None for name, part in pruned.pipe.components.items() if part is None
+    }  # the tiny one has no text encoders
     assert pruned.same(DiffusionPipeline.from_pretrained("alice/mmdit", **absent).transformer)
     pruned.model.push_to_hub("alice/transformer")
     assert pruned.same(type(pruned.model).from_pretrained("alice/transformer"))
