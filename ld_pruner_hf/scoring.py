@@ -5,6 +5,7 @@ Other criteria are measured here too, by their own functions (`criteria`); rows,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -39,6 +40,7 @@ from .operators import check_filters, find_operators
 from .plan import Modification, Operator, StandInSpec, is_inside
 from .profiling import peak_memory, run
 from .replacements import stand_in_cost
+from .reuse import FirstStep
 from .scores import LATENT_SHIFT, MEASURED_ALONE, OperatorScore, OperatorScores, RowFile, check_criterion
 from .surgery import applied, architecture_of, refuse_wrapped, weights_of
 from .trajectory import Moment, calibration_set, evenly, output_tensor, record_run
@@ -79,6 +81,11 @@ class LatentSets:
         with encoders_remembered(self.pipe, self.component, self._encoded):
             return final_latents(self.pipe, self.jobs[i].call, self.jobs[i].seeds)
 
+    def first_step(self, i: int) -> torch.Tensor:
+        """The same, up to the first scheduler step: as far as no modification can change what the model is called with."""
+        with encoders_remembered(self.pipe, self.component, self._encoded):
+            return final_latents(self.pipe, self.jobs[i].call, self.jobs[i].seeds, stop_after=1)
+
     def collect(self, on_job: Callable[[], None] | None = None) -> list[torch.Tensor]:
         """Run every job; one (n, ...) tensor per set.
 
@@ -115,6 +122,9 @@ class DecodedSets(LatentSets):
     def of_job(self, i: int) -> torch.Tensor:
         output = run(self.model, self.calls[i])
         return output_tensor(output).detach().to("cpu", torch.float32)
+
+    def first_step(self, i: int) -> torch.Tensor:
+        return self.of_job(i)
 
 
 def output_sets(
@@ -273,7 +283,7 @@ def score_operators(
             if effort != "exact":
                 return _estimated(pipe, component, todo, run_of, pooled, effort, seed, quiet)
             if criterion in LATENT_SHIFT:
-                return _latent_shift(model, output_sets(pipe, component, **run_of, pooled=pooled), given)
+                return _latent_shift(model, output_sets(pipe, component, **run_of, pooled=pooled), given, todo)
             return _measured_alone(pipe, component, criterion, free, given, run_of, calibration, seed)
 
         measured = _measure(todo, start, rows, quiet)
@@ -404,11 +414,16 @@ def _others(given: Sequence[Modification], operator: Operator) -> list[Modificat
     return [m for m in given if not is_inside(m.path, operator.path)]
 
 
-def _latent_shift(model: nn.Module, sets: LatentSets, given: Sequence[Modification]) -> Measure:
+def _latent_shift(
+    model: nn.Module, sets: LatentSets, given: Sequence[Modification], todo: Sequence[tuple[Operator, StandInSpec]]
+) -> Measure:
     originals = sets.collect()
+    runs = [functools.partial(sets.first_step, i) for i in range(len(sets.jobs))]
+    first_step = FirstStep(model, runs, [operator.path for operator, _ in todo])
 
     def measure(operator: Operator, spec: StandInSpec) -> dict[str, Any]:
-        with applied(model, [*_others(given, operator), _modification(operator, spec)]):
+        modifications = [*_others(given, operator), _modification(operator, spec)]
+        with applied(model, modifications), first_step.reused([m.path for m in modifications]):
             modified = sets.collect()
         pairs = [latent_distances(a, b) for a, b in zip(originals, modified, strict=True)]
         return {"avg_dist": tuple(p[0] for p in pairs), "std_dist": tuple(p[1] for p in pairs)}
