@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .criteria import block_influence, magnitude, output_error, random_scores, taylor
-from .effort import EFFORTS, ROWS_IN_A_CALL, Budget, estimate_moves, sorts_of
+from .effort import EFFORTS, ROWS_IN_A_CALL, Budget, estimate_moves
 from .latents import (
     Condition,
     Job,
@@ -463,13 +463,11 @@ def _estimated(
     model: nn.Module = getattr(pipe, component)
     conditions, seeds = run_of["conditions"], run_of["seeds"]
     inputs, steps = _one_run(pipe, model, conditions[0], seeds[0])
-    budget = Budget.of(effort, len(todo), len(sorts_of(todo)), len(conditions) * len(seeds), inputs)
+    budget = Budget.of(effort, len(todo), len(conditions) * len(seeds), inputs)
     chosen = evenly(conditions, budget.latents)
     per_condition = max(1, round(budget.latents / len(chosen)))
     jobs = make_jobs(pipe, chosen, seeds[:per_condition], min(run_of["batch_size"], ROWS_IN_A_CALL))
-    with tqdm(
-        total=budget.sorts + budget.refined, desc="trajectory errors", unit="op", disable=quiet, leave=False
-    ) as bar:
+    with tqdm(total=budget.refined, desc="trajectory errors", unit="op", disable=quiet, leave=False) as bar:
         estimates = estimate_moves(pipe, model, jobs, todo, budget, seed, steps, bar.update)
     if not quiet and budget.latents > 1:
         sure = ", ".join(f"{100 * estimates.agreement(k):.0f}% of {k}" for k in (10, 20, 30, 42) if k < len(todo))
