@@ -211,8 +211,8 @@ def score_operators(
         batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside).
         calibration: how many inputs of the denoiser (a latent at a step) output-error, block-influence and taylor look at;
             they are spread over conditions and steps of the original runs.
-        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a hundredth and a five-hundredth
-            of its cost (see `effort` and docs/scoring.md). Estimates go by "latent-shift"; its parts are set equal.
+        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 64th and a 450th of its
+            denoiser inputs (see `effort` and docs/scoring.md). Estimates go by "latent-shift"; its parts are set equal.
         given: modifications that are in place while each operator is scored; the distances are those of all together from
             the unmodified model. Operators at or inside them are left out; one around some of them takes their place.
         resume_from: path of a file that the rows are written to one by one. If it exists, only what is missing is measured.
