@@ -1,9 +1,8 @@
 """Latent shifts for a hundredth of the cost: first-order estimates of all operators, put right by real errors of some [ours].
 
-1. `linear_run`: backward passes along a few original trajectories estimate all operators at once.
-2. Calibration: what is first order at fault with, it is at fault with for all operators of a sort (taking out what a norm
-   follows, say, where the gradient along the output vanishes). So the real error of one operator of each sort is measured.
-3. Refinement: the real errors of the least important, where the choice is made, for as many as the cost allows.
+1. `linear_run`: backward passes along a few original trajectories estimate all operators at once; where first order is at
+   fault, the module around the operator runs for real.
+2. Refinement: the real errors of the least important, where the choice is made, for as many as the cost allows.
 
 A real error is that of the modified denoiser's output at inputs of the original trajectories. Its square counts by how much it
 grows on the way to the final latent, as the backward passes have measured. No denoising run is repeated.
@@ -19,22 +18,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from .latents import Job, RecordedCall
+from .latents import Job
 from .linear import LinearRun, Todo, linear_run
 from .plan import Modification
 from .profiling import run
 from .surgery import applied
-from .trajectory import Moment, evenly, output_tensor
+from .trajectory import Moment, evenly, output_tensor, rows_of
 
-EFFORTS = {"exact": 1, "balanced": 100, "fast": 500}
-"""effort -> the denoiser inputs of the paper's loop, for each that is spent. "exact" is the loop itself, and the definition."""
+EFFORTS = {"exact": 1, "balanced": 64, "fast": 450}
+"""effort -> the denoiser inputs of the paper's loop, for each that is spent. "exact" is the loop itself, and the definition.
+
+They go through the denoiser in larger batches than the loop's, so that the time becomes less still.
+"""
 
 MAX_LATENTS, MAX_PROBES = 16, 4
 ROWS_IN_A_CALL = 8
-CALIBRATION_POINTS = 4
-CALIBRATION_SHARE = 0.7
-FAULT = 3.5
-"""By what factor a sort of operators must be over- or underestimated to be put right; less is within the error of its measurement."""
+AROUND = {"balanced": 4.0, "fast": 1.0}
+"""effort -> denoiser calls' worth of MACs for each call, to run the modules around operators."""
 REFINEMENT_POINTS = 24, 64
 LINEAR_SHARE = 0.6
 
@@ -44,41 +44,36 @@ class Budget:
     """What may be spent, in inputs of the denoiser (one row of a batch).
 
     Attributes:
-        latents, probes: of the linear estimates. sorts: of operators, that are calibrated. refined: how many rows of scores
-            get real errors, at `points` inputs each.
+        latents, probes: of the linear estimates. around: denoiser calls' worth, for each call, of running modules around
+            operators. refined: how many rows of scores get real errors, at `points` inputs each.
     """
 
     latents: int
     probes: int
-    sorts: int = 0
+    around: float = 0.0
     refined: int = 0
     points: int = 0
 
     @classmethod
-    def of(cls, effort: str, rows: int, sorts: int, latents: int, inputs: int) -> Budget:
+    def of(cls, effort: str, rows: int, latents: int, inputs: int) -> Budget:
         """Share out the cost.
 
         Args:
-            rows: operators and stand-ins. sorts: of them. latents: of the paper's loop. inputs: of the denoiser, that one
-                latent takes.
+            rows: operators and stand-ins. latents: of the paper's loop. inputs: of the denoiser, that one latent takes.
         """
         total = rows * latents * inputs / EFFORTS[effort]
-        calibration = sorts * CALIBRATION_POINTS
-        if calibration > CALIBRATION_SHARE * total:
-            return cls._linear(total, latents, inputs)
-        total -= calibration
-        linear = replace(cls._linear(total * LINEAR_SHARE, latents, inputs), sorts=sorts)
-        rest = total - linear.cost(inputs) + calibration
         least, most = REFINEMENT_POINTS
+        linear = cls._linear(effort, total * LINEAR_SHARE, latents, inputs)
+        rest = total - linear.cost(inputs)
         points = int(min(most, linear.latents * inputs, max(least, rest / rows)))
         refined = min(rows, int(rest / points))
         if refined < rows / 20:  # too few to matter: better linear estimates instead
-            return replace(cls._linear(total, latents, inputs), sorts=sorts)
+            return cls._linear(effort, total, latents, inputs)
         return replace(linear, refined=refined, points=points)
 
     @classmethod
-    def _linear(cls, total: float, latents: int, inputs: int) -> Budget:
-        best = cls(1, 1)
+    def _linear(cls, effort: str, total: float, latents: int, inputs: int) -> Budget:
+        best = cls(1, 1, AROUND.get(effort, 1.0))
         while (
             best.latents < min(latents, MAX_LATENTS) and replace(best, latents=best.latents + 1).cost(inputs) <= total
         ):
@@ -89,8 +84,8 @@ class Budget:
 
     def cost(self, inputs: int) -> float:
         """Of everything, in denoiser inputs; for each latent a run, a forward with hooks, and a backward for each probe."""
-        linear = self.latents * inputs * (2.3 + 1.5 * self.probes)
-        return linear + self.sorts * CALIBRATION_POINTS + self.refined * self.points
+        linear = self.latents * inputs * (2.3 + 1.5 * self.probes + self.around)
+        return linear + self.refined * self.points
 
 
 @dataclass(frozen=True)
@@ -108,15 +103,6 @@ class Estimates:
         """Share of the k lowest rows that both halves of the latents agree on: how sure the choice of k is, or better."""
         a, b = (set(half.nan_to_num(math.inf).argsort()[:k].tolist()) for half in self.halves)
         return len(a & b) / k
-
-
-def sorts_of(todo: Todo) -> dict[tuple[str, str, str], list[int]]:
-    """Rows that first order treats alike: same class, same name in its block, same stand-in."""
-    sorts: dict[tuple[str, str, str], list[int]] = {}
-    for n, (operator, spec) in enumerate(todo):
-        name = next((part for part in reversed(operator.path.split(".")) if not part.isdigit()), "")
-        sorts.setdefault((operator.kind, name, spec.name), []).append(n)
-    return sorts
 
 
 def estimate_moves(
@@ -137,7 +123,10 @@ def estimate_moves(
     Raises:
         ValueError: the pipeline's arithmetic cannot be differentiated.
     """
-    runs = [linear_run(pipe, model, job, todo, budget.probes, seed + i, steps) for i, job in enumerate(jobs)]
+    runs: list[LinearRun] = []
+    for i, job in enumerate(jobs):
+        around = runs[0].around if runs else budget.around
+        runs.append(linear_run(pipe, model, job, todo, budget.probes, seed + i, steps, around))
     squares = torch.cat([r.squares.sum(1) for r in runs], dim=1)  # (rows, latents)
     moves = squares.mean(1).sqrt()
     halves = torch.stack([squares[:, i::2].mean(1).sqrt() for i in range(2)])
@@ -152,9 +141,6 @@ def estimate_moves(
             on_row()
         return found
 
-    if budget.sorts:
-        faults = _faults(moves, list(sorts_of(todo).values()), lambda rows: errors(rows, CALIBRATION_POINTS))
-        moves, halves = moves * faults, halves * faults
     if budget.refined:
         real = errors(moves.nan_to_num(0.0).argsort()[: budget.refined].tolist(), budget.points)
         measured = torch.isfinite(real)
@@ -168,20 +154,6 @@ def _level(errors: torch.Tensor, moves: torch.Tensor) -> float:
     return (errors[both] / moves[both]).log().median().exp().item() if both.any() else 1.0
 
 
-def _faults(
-    moves: torch.Tensor, sorts: Sequence[list[int]], errors: Callable[[Sequence[int]], torch.Tensor]
-) -> torch.Tensor:
-    """(rows,): what each estimate is to be multiplied by; 1 where its sort is estimated well enough."""
-    middle = [sorted(rows, key=lambda n: moves[n].item())[len(rows) // 2] for rows in sorts]
-    real = errors(middle)
-    ratios = real / moves / _level(real, moves)
-    faults = torch.ones_like(moves)
-    for n, rows in zip(middle, sorts, strict=True):
-        if math.isfinite(ratios[n]) and not 1 / FAULT < ratios[n] < FAULT:
-            faults[rows] = ratios[n]
-    return faults
-
-
 def _points(runs: Sequence[LinearRun], count: int) -> list[tuple[Moment, torch.Tensor]]:
     """About `count` denoiser inputs of the runs, spread over runs, calls and rows, with the gain of each row's error."""
     calls = [(r.moments[i], r.gains[i]) for r in runs for i in range(len(r.moments))]
@@ -191,14 +163,8 @@ def _points(runs: Sequence[LinearRun], count: int) -> list[tuple[Moment, torch.T
     for j, (moment, gain) in enumerate(chosen):
         batch = len(moment.output)
         rows = sorted({(j + r * batch // each) % batch for r in range(min(each, batch))})
-        points.append((_rows(moment, rows), gain[rows].double().cpu()))
+        points.append((rows_of(moment, rows), gain[rows].double().cpu()))
     return points
-
-
-def _rows(moment: Moment, rows: list[int]) -> Moment:
-    batch = len(moment.output)
-    call: RecordedCall = moment.call.mapped(lambda t: t[rows] if t.ndim and len(t) == batch else t)
-    return Moment(call, moment.output[rows])
 
 
 def _weighted_error(model: nn.Module, points: Sequence[tuple[Moment, torch.Tensor]]) -> float:

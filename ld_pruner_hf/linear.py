@@ -8,13 +8,18 @@ Autograd differentiates the pipeline's own arithmetic (guidance, scheduler), wit
 denoiser is differentiated call by call, from the last to the first, so that only one call's activations are in memory. The
 moves that the single calls cause are taken to be independent, so their squares are added: measured, this ranks as well as
 adding the moves, and needs far fewer directions.
+
+Most of what first order cannot see happens close by: a convolution before a norm can shrink without effect, until it is gone.
+So for the sorts of operators where it matters, the module around the operator runs with the stand-in inside, and d is the
+change of its output. That costs a small part of a denoiser call.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,12 +30,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .latents import Job, RecordedCall, patched, run_to_latents
 from .plan import Operator, StandInSpec
-from .profiling import run
+from .profiling import count_macs, run
 from .replacements import StandIn
-from .surgery import get_operator
-from .trajectory import Moment, output_tensor
+from .surgery import get_operator, replace_modules
+from .trajectory import Moment, evenly, output_tensor, rows_of
 
 Todo = Sequence[tuple[Operator, StandInSpec]]
+Change = Callable[[nn.Module, Any, Any], Any]
+"""What a module would return with a stand-in in it, from the module, its arguments and its keyword arguments."""
+
+SAMPLES, SAMPLED_ROWS = 2, 2
+"""How many operators of a sort, on how many rows of a batch, show whether first order is good enough for it."""
+FAULT = 1.15
+"""The least factor between first order and the real change of the module around that is worth running it."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +53,44 @@ class LinearRun:
         squares: (rows, calls, B): by row of `todo`, denoiser call and latent, the squared length of the move of the final
             latent that replacing the operator in this call causes. NaN where it could not be had.
         moments: the denoiser's calls.
+        around: row of `todo` -> the module whose real change was looked at instead of the operator's own.
         gains: for each of them (B',): by how much a squared error of a row of its output grows on its way to the final latents.
         owners: for each of them (B', B): 1 where a row goes into a latent (guidance makes two rows a latent).
     """
 
     squares: torch.Tensor
     moments: list[Moment]
+    around: dict[int, str]
     gains: list[torch.Tensor]
     owners: list[torch.Tensor]
 
 
+def sorts_of(todo: Todo) -> list[list[int]]:
+    """Rows that first order treats alike: same class, same name in its block, same stand-in."""
+    sorts: dict[tuple[str, str, str], list[int]] = {}
+    for n, (operator, spec) in enumerate(todo):
+        name = next((part for part in reversed(operator.path.split(".")) if not part.isdigit()), "")
+        sorts.setdefault((operator.kind, name, spec.name), []).append(n)
+    return list(sorts.values())
+
+
 def linear_run(
-    pipe: Any, model: nn.Module, job: Job, todo: Todo, probes: int, seed: int, steps: int | None = None
+    pipe: Any,
+    model: nn.Module,
+    job: Job,
+    todo: Todo,
+    probes: int,
+    seed: int,
+    steps: int | None = None,
+    around: dict[int, str] | float = 0.0,
 ) -> LinearRun:
     """Denoise with the unmodified model, then go back along the trajectory. Run it inside `preserved(pipe)`.
 
     Args:
         todo: what is replaced by what. probes: how many random directions, drawn from `seed`.
         steps: scheduler steps in a run, after which it is stopped: what comes then may be nothing to differentiate.
+        around: `LinearRun.around` of an earlier run; or how many denoiser calls' worth of MACs may be spent, for each call, on
+            running the modules around operators: those are then chosen here.
 
     Raises:
         ValueError: the pipeline's arithmetic cannot be differentiated.
@@ -72,28 +104,72 @@ def linear_run(
     gains = [torch.zeros(0)] * calls
     squares = torch.zeros(len(todo), calls, len(graph.latents), dtype=torch.float64)
     watcher = _Watcher(model, todo)
-    with _frozen(model), watcher.watching():
-        for i in reversed(range(calls)):
-            gradients = [graph.gradient(i, d, later[p]) for p, d in enumerate(directions)]
-            gains[i] = torch.stack([g.float().flatten(1).square().mean(1) for g in gradients]).mean(0)
-            inputs = graph.inputs(i)
-            fresh = {id(t): t.detach().requires_grad_() for t in inputs}
-            call = graph.calls[i].mapped(functools.partial(_renewed, fresh))
-            watcher.batch = len(owners[i])
-            with torch.enable_grad():
-                output = output_tensor(run(model, call))
-            for p, gradient in enumerate(gradients):
-                watcher.products.clear()
-                torch.autograd.backward(output, gradient, retain_graph=p + 1 < probes)
-                for t in inputs:
-                    leaf = fresh[id(t)]
-                    if leaf.grad is not None:
-                        later[p].append((t, leaf.grad))
-                    leaf.grad = None
-                for n, products in watcher.products.items():
-                    squares[n, i] += (products.cpu() @ owners[i]).square() / probes
+    with _frozen(model):
+        if not isinstance(around, dict):
+            around = _where_first_order_fails(graph, watcher, todo, directions, around) if around else {}
+        with watcher.watching(
+            [watcher.inside(n, around[n]) if n in around else watcher.own(n) for n in range(len(todo))]
+        ):
+            for i in reversed(range(calls)):
+                gradients = [graph.gradient(i, d, later[p]) for p, d in enumerate(directions)]
+                gains[i] = torch.stack([g.float().flatten(1).square().mean(1) for g in gradients]).mean(0)
+                inputs = graph.inputs(i)
+                fresh = {id(t): t.detach().requires_grad_() for t in inputs}
+                call = graph.calls[i].mapped(functools.partial(_renewed, fresh))
+                for p, products in enumerate(watcher.products(call, gradients)):
+                    for t in inputs:
+                        leaf = fresh[id(t)]
+                        if leaf.grad is not None:
+                            later[p].append((t, leaf.grad))
+                        leaf.grad = None
+                    for n, product in products.items():
+                        squares[n, i] += (product.cpu() @ owners[i]).square() / probes
     squares[sorted(watcher.failed)] = float("nan")
-    return LinearRun(squares, graph.moments(), gains, owners)
+    return LinearRun(squares, graph.moments(), around, gains, owners)
+
+
+def _where_first_order_fails(
+    graph: _Graph, watcher: _Watcher, todo: Todo, directions: Sequence[torch.Tensor], spend: float
+) -> dict[int, str]:
+    """Row -> the module around it, for sorts where samples show in the last call that first order is at fault."""
+    last = graph.moments()[-1]
+    rows = evenly(range(len(last.output)), SAMPLED_ROWS)
+    call = rows_of(last, rows).call
+    with torch.no_grad():
+        macs, _ = count_macs(watcher.model, call)
+    callers = {n: path for n, (o, _) in enumerate(todo) if (path := _around(watcher.model, o.path))}
+    share = {n: macs.get(path, 0) / max(1, macs[""]) for n, path in callers.items()}
+    sorts = [sort for every in sorts_of(todo) if (sort := [n for n in every if n in callers])]
+    samples = [n for sort in sorts for n in evenly(sort, SAMPLES)]
+    watched = [watcher.own(n) for n in samples] + [watcher.inside(n, callers[n], key=(n,)) for n in samples]
+    gradients = [graph.gradient(len(graph.calls) - 1, d)[rows] for d in directions]
+    found: dict[Hashable, float] = {}
+    with watcher.watching(watched):
+        for products in watcher.products(call, gradients):
+            for key, product in products.items():
+                found[key] = found.get(key, 0.0) + product.square().sum().item()
+    watcher.failed.clear()
+
+    def fault(sort: list[int]) -> float:
+        """How far real changes are from first order: the mean over samples of | log ratio |."""
+        ratios = [found.get((n,), 0.0) / found[n] for n in evenly(sort, SAMPLES) if found.get(n)]
+        return sum(abs(math.log(r)) / 2 if r > 0 else 0.0 for r in ratios) / max(1, len(ratios))
+
+    chosen: dict[int, str] = {}
+    cost = [sum(share[n] for n in sort) for sort in sorts]
+    for i in sorted(range(len(sorts)), key=lambda i: -fault(sorts[i]) * len(sorts[i]) / max(cost[i], 1e-9)):
+        if fault(sorts[i]) > math.log(FAULT) and cost[i] <= spend:
+            spend -= cost[i]
+            chosen |= {n: callers[n] for n in sorts[i]}
+    return chosen
+
+
+def _around(model: nn.Module, path: str) -> str:
+    """The module that the one at `path` belongs to; "" for the model itself."""
+    path = path.rpartition(".")[0]
+    while isinstance(get_operator(model, path), (nn.ModuleList, nn.ModuleDict)):
+        path = path.rpartition(".")[0]
+    return path
 
 
 def _renewed(fresh: dict[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
@@ -186,28 +262,48 @@ def _differentiable_run(pipe: Any, model: nn.Module, job: Job, steps: int | None
 
 
 class _Watcher:
-    """Hooks on all operators: when a gradient arrives at an operator's output, its dot product with d is added up.
+    """Hooks on modules: when a gradient arrives at a module's output, its dot product with the output's change is added up.
 
     Attributes:
-        batch: rows in the call that is being differentiated. products: row of `todo` -> (batch,).
-        failed: rows of `todo` whose operator has no batch dimension, or whose tensors were overwritten.
+        failed: keys of changes of which some module has no batch dimension, or whose tensors were overwritten.
     """
 
     def __init__(self, model: nn.Module, todo: Todo) -> None:
         like = next(model.parameters())
-        self.model, self.batch = model, 0
-        self.products: dict[int, torch.Tensor] = {}
-        self.failed: set[int] = set()
-        self.stand_ins: dict[str, list[tuple[int, StandIn]]] = {}
-        for n, (operator, spec) in enumerate(todo):
-            stand_in = StandIn(spec).to(device=like.device, dtype=like.dtype).requires_grad_(False)
-            self.stand_ins.setdefault(operator.path, []).append((n, stand_in))
+        self.model, self.todo = model, todo
+        self.failed: set[Hashable] = set()
+        self.stand_ins = [
+            StandIn(spec).to(device=like.device, dtype=like.dtype).requires_grad_(False) for _, spec in todo
+        ]
+        self._batch = 0
+        self._products: dict[Hashable, torch.Tensor] = {}
+
+    def own(self, n: int) -> tuple[Hashable, str, Change]:
+        """The change of the operator's own output, with row n as its key."""
+        return n, self.todo[n][0].path, lambda _, args, kwargs: self.stand_ins[n](*args, **kwargs)
+
+    def inside(self, n: int, path: str, key: Hashable = None) -> tuple[Hashable, str, Change]:
+        """The change of the output of the module at `path` with the stand-in in it."""
+        operator = get_operator(self.model, self.todo[n][0].path)
+
+        def change(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            replace_modules(module, [(operator, self.stand_ins[n])])
+            try:
+                return module(*args, **kwargs)
+            finally:
+                replace_modules(module, [(self.stand_ins[n], operator)])
+
+        return n if key is None else key, path, change
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, changes: Sequence[tuple[Hashable, str, Change]]) -> Iterator[None]:
+        """Inside, `products` looks at these."""
+        by_path: dict[str, list[tuple[Hashable, Change]]] = {}
+        for key, path, change in changes:
+            by_path.setdefault(path, []).append((key, change))
         handles = [
-            get_operator(self.model, path).register_forward_hook(self._hook(path), with_kwargs=True)
-            for path in self.stand_ins
+            get_operator(self.model, path).register_forward_hook(self._hook(here), with_kwargs=True)
+            for path, here in by_path.items()
         ]
         try:
             yield
@@ -215,34 +311,46 @@ class _Watcher:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, path: str) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def products(
+        self, call: RecordedCall, gradients: Sequence[torch.Tensor]
+    ) -> Iterator[dict[Hashable, torch.Tensor]]:
+        """One forward, then a backward for each gradient (B, ...) of the output: key -> (B,). Leaves keep their gradients."""
+        self._batch = len(gradients[0])
+        with torch.enable_grad():
+            output = output_tensor(run(self.model, call))
+        for p, gradient in enumerate(gradients):
+            self._products = {}
+            torch.autograd.backward(output, gradient, retain_graph=p + 1 < len(gradients))
+            yield self._products
+
+    def _hook(self, changes: Sequence[tuple[Hashable, Change]]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return None
             if not isinstance(
                 output, torch.Tensor
             ):  # one tensor may stand there twice: each place has its own gradient
                 output = tree_map_only(torch.Tensor, lambda t: t.view_as(t), output)
-            for n, stand_in in self.stand_ins[path]:
+            for key, change in changes:
                 with torch.no_grad():
-                    cheap = tree_leaves(stand_in(*args, **kwargs))
-                for new, old in zip(cheap, tree_leaves(output), strict=True):
+                    changed = tree_leaves(change(module, args, kwargs))
+                for new, old in zip(changed, tree_leaves(output), strict=True):
                     if old is not None:
                         old.requires_grad_()  # what depends on text or time only has none so far
-                        old.register_hook(self._add(n, new.detach(), old.detach()))
+                        old.register_hook(self._add(key, new.detach(), old.detach()))
             return output
 
         return hook
 
-    def _add(self, n: int, new: torch.Tensor, old: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def _add(self, key: Hashable, new: torch.Tensor, old: torch.Tensor) -> Callable[[torch.Tensor], None]:
         versions = new._version, old._version
 
         def hook(gradient: torch.Tensor) -> None:
-            if len(gradient) % self.batch or versions != (new._version, old._version):
-                self.failed.add(n)
+            if len(gradient) % self._batch or versions != (new._version, old._version):
+                self.failed.add(key)
                 return
-            g, a, b = (t.float().reshape(self.batch, -1) for t in (gradient, new, old))
+            g, a, b = (t.float().reshape(self._batch, -1) for t in (gradient, new, old))
             moved = (torch.linalg.vecdot(g, a) - torch.linalg.vecdot(g, b)).double()
-            self.products[n] = self.products[n] + moved if n in self.products else moved
+            self._products[key] = self._products[key] + moved if key in self._products else moved
 
         return hook

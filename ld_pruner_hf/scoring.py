@@ -5,6 +5,7 @@ Other criteria are measured here too, by their own functions (`criteria`); rows,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -20,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .criteria import block_influence, magnitude, output_error, random_scores, taylor
-from .effort import EFFORTS, ROWS_IN_A_CALL, Budget, estimate_moves, sorts_of
+from .effort import EFFORTS, ROWS_IN_A_CALL, Budget, estimate_moves
 from .latents import (
     Condition,
     Job,
@@ -39,6 +40,7 @@ from .operators import check_filters, find_operators
 from .plan import Modification, Operator, StandInSpec, is_inside
 from .profiling import peak_memory, run
 from .replacements import stand_in_cost
+from .reuse import FirstStep
 from .scores import LATENT_SHIFT, MEASURED_ALONE, OperatorScore, OperatorScores, RowFile, check_criterion
 from .surgery import applied, architecture_of, check_replaceable, weights_of
 from .trajectory import Moment, calibration_set, evenly, output_tensor, record_run
@@ -79,6 +81,11 @@ class LatentSets:
         with encoders_remembered(self.pipe, self.component, self._encoded):
             return final_latents(self.pipe, self.jobs[i].call, self.jobs[i].seeds)
 
+    def first_step(self, i: int) -> torch.Tensor:
+        """The same, up to the first scheduler step: as far as no modification can change what the model is called with."""
+        with encoders_remembered(self.pipe, self.component, self._encoded):
+            return final_latents(self.pipe, self.jobs[i].call, self.jobs[i].seeds, stop_after=1)
+
     def collect(self, on_job: Callable[[], None] | None = None) -> list[torch.Tensor]:
         """Run every job; one (n, ...) tensor per set.
 
@@ -115,6 +122,9 @@ class DecodedSets(LatentSets):
     def of_job(self, i: int) -> torch.Tensor:
         output = run(self.model, self.calls[i])
         return output_tensor(output).detach().to("cpu", torch.float32)
+
+    def first_step(self, i: int) -> torch.Tensor:
+        return self.of_job(i)
 
 
 def output_sets(
@@ -201,8 +211,8 @@ def score_operators(
         batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside).
         calibration: how many inputs of the denoiser (a latent at a step) output-error, block-influence and taylor look at;
             they are spread over conditions and steps of the original runs.
-        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a hundredth and a five-hundredth
-            of its cost (see `effort` and docs/scoring.md). Estimates go by "latent-shift"; its parts are set equal.
+        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 64th and a 450th of its
+            denoiser inputs (see `effort` and docs/scoring.md). Estimates go by "latent-shift"; its parts are set equal.
         given: modifications that are in place while each operator is scored; the distances are those of all together from
             the unmodified model. Operators at or inside them are left out; one around some of them takes their place.
         resume_from: path of a file that the rows are written to one by one. If it exists, only what is missing is measured.
@@ -273,7 +283,7 @@ def score_operators(
             if effort != "exact":
                 return _estimated(pipe, component, todo, run_of, pooled, effort, seed, quiet)
             if criterion in LATENT_SHIFT:
-                return _latent_shift(model, output_sets(pipe, component, **run_of, pooled=pooled), given)
+                return _latent_shift(model, output_sets(pipe, component, **run_of, pooled=pooled), given, todo)
             return _measured_alone(pipe, component, criterion, free, given, run_of, calibration, seed)
 
         measured = _measure(todo, start, rows, quiet)
@@ -404,11 +414,16 @@ def _others(given: Sequence[Modification], operator: Operator) -> list[Modificat
     return [m for m in given if not is_inside(m.path, operator.path)]
 
 
-def _latent_shift(model: nn.Module, sets: LatentSets, given: Sequence[Modification]) -> Measure:
+def _latent_shift(
+    model: nn.Module, sets: LatentSets, given: Sequence[Modification], todo: Sequence[tuple[Operator, StandInSpec]]
+) -> Measure:
     originals = sets.collect()
+    runs = [functools.partial(sets.first_step, i) for i in range(len(sets.jobs))]
+    first_step = FirstStep(model, runs, [operator.path for operator, _ in todo])
 
     def measure(operator: Operator, spec: StandInSpec) -> dict[str, Any]:
-        with applied(model, [*_others(given, operator), _modification(operator, spec)]):
+        modifications = [*_others(given, operator), _modification(operator, spec)]
+        with applied(model, modifications), first_step.reused([m.path for m in modifications]):
             modified = sets.collect()
         pairs = [latent_distances(a, b) for a, b in zip(originals, modified, strict=True)]
         return {"avg_dist": tuple(p[0] for p in pairs), "std_dist": tuple(p[1] for p in pairs)}
@@ -448,13 +463,11 @@ def _estimated(
     model: nn.Module = getattr(pipe, component)
     conditions, seeds = run_of["conditions"], run_of["seeds"]
     inputs, steps = _one_run(pipe, model, conditions[0], seeds[0])
-    budget = Budget.of(effort, len(todo), len(sorts_of(todo)), len(conditions) * len(seeds), inputs)
+    budget = Budget.of(effort, len(todo), len(conditions) * len(seeds), inputs)
     chosen = evenly(conditions, budget.latents)
     per_condition = max(1, round(budget.latents / len(chosen)))
     jobs = make_jobs(pipe, chosen, seeds[:per_condition], min(run_of["batch_size"], ROWS_IN_A_CALL))
-    with tqdm(
-        total=budget.sorts + budget.refined, desc="trajectory errors", unit="op", disable=quiet, leave=False
-    ) as bar:
+    with tqdm(total=budget.refined, desc="trajectory errors", unit="op", disable=quiet, leave=False) as bar:
         estimates = estimate_moves(pipe, model, jobs, todo, budget, seed, steps, bar.update)
     if not quiet and budget.latents > 1:
         sure = ", ".join(f"{100 * estimates.agreement(k):.0f}% of {k}" for k in (10, 20, 30, 42) if k < len(todo))

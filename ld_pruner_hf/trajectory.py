@@ -27,6 +27,13 @@ class Moment:
     output: torch.Tensor
 
 
+def rows_of(moment: Moment, rows: Sequence[int]) -> Moment:
+    """The same moment for some rows of its batch."""
+    batch, chosen = len(moment.output), list(rows)
+    call = moment.call.mapped(lambda t: t[chosen] if t.ndim and len(t) == batch else t)
+    return Moment(call, moment.output[chosen])
+
+
 def record_run(
     pipe: Any, model: nn.Module, call: Condition, seeds: Sequence[int]
 ) -> tuple[list[Moment], torch.Tensor]:

@@ -10,12 +10,13 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ld_pruner_hf import OperatorScores, PlanError, make_plan
-from ld_pruner_hf.effort import EFFORTS, Budget, Estimates, sorts_of
+from ld_pruner_hf.effort import EFFORTS, Budget, Estimates
 from ld_pruner_hf.latents import final_latents, make_jobs, preserved
-from ld_pruner_hf.linear import linear_run
+from ld_pruner_hf.linear import linear_run, sorts_of
 from ld_pruner_hf.operators import find_operators
+from ld_pruner_hf.plan import Modification
 from ld_pruner_hf.replacements import StandIn
-from ld_pruner_hf.surgery import get_operator
+from ld_pruner_hf.surgery import applied, get_operator
 from ld_pruner_hf.trajectory import output_tensor
 
 PART = {"num_inference_steps": 3, "include": ["mid_block", "up_blocks.0"]}
@@ -61,6 +62,44 @@ def test_one_step_is_the_derivative_of_the_final_latents(pipe, path):
             assert run.squares[n].sum().item() == pytest.approx(expected.sum().item(), rel=0.4)
 
 
+def shrunk(pipe, path):
+    """Before a norm, the scale of a convolution's output is without effect: first order says nothing changes."""
+    convolution = get_operator(pipe.unet, path)
+    convolution.bias.data.zero_()
+    temb = get_operator(pipe.unet, path.replace("conv1", "time_emb_proj"))
+    temb.weight.data.zero_(), temb.bias.data.zero_()
+
+
+def test_where_first_order_fails_the_module_around_runs(pipe):
+    path = "mid_block.resnets.0.conv1"
+    shrunk(pipe, path)
+    todo = [row for row in todo_of(pipe, include=[path, "mid_block.resnets.0.conv2"]) if row[1].name == "zero"]
+    job = jobs_of(pipe, steps=1)[0]
+    with preserved(pipe):
+        original = final_latents(pipe, job.call, job.seeds)
+        with applied(pipe.unet, [Modification(path, "Conv2d", todo[0][1])]):
+            moved = (final_latents(pipe, job.call, job.seeds) - original).square().sum().item()
+        plain, put_right = (
+            linear_run(pipe, pipe.unet, job, todo, probes=64, seed=0, around=around) for around in (0.0, 1.0)
+        )
+        again = linear_run(pipe, pipe.unet, job, todo, probes=64, seed=0, around=put_right.around)
+    assert plain.around == {} and put_right.around == {0: "mid_block.resnets.0"}
+    assert plain.squares[0].sum().item() < 0.1 * moved
+    assert put_right.squares[0].sum().item() == pytest.approx(moved, rel=0.5)
+    assert torch.allclose(put_right.squares[1], plain.squares[1]), "the other is as it was"
+    assert torch.equal(again.squares, put_right.squares)
+
+
+def test_no_more_is_run_around_operators_than_may_be_spent(pipe):
+    todo = todo_of(pipe, include=["mid_block*"])
+    with preserved(pipe):
+        runs = [
+            linear_run(pipe, pipe.unet, jobs_of(pipe, steps=1)[0], todo, probes=1, seed=0, around=around)
+            for around in (0.05, 100.0)
+        ]
+    assert 0 < len(runs[0].around) < len(runs[1].around)
+
+
 def test_gains_say_how_errors_grow(pipe):
     """An error of the last output, multiplied by its gain, is its squared effect on the latents."""
     job = jobs_of(pipe)[0]
@@ -97,7 +136,9 @@ def test_estimates_rank_as_the_loop_does(pipe):
         del EFFORTS["a tenth"]
     a, b = ([r.score() for r in scores] for scores in (exact, estimated))
     order = [torch.tensor(v).argsort().argsort().double() for v in (a, b)]
-    assert torch.corrcoef(torch.stack(order))[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack(order))[0, 1] > 0.8, (
+        "random weights; trained ones agree better, see docs/scoring.md"
+    )
     ratio = (torch.tensor(b) / torch.tensor(a)).median().item()
     assert 0.3 < ratio < 3, "estimates are in the units of the loop"
 
@@ -153,7 +194,7 @@ def test_bad_effort(pipe, how, message):
 @pytest.mark.parametrize("effort", ["balanced", "fast"])
 @pytest.mark.parametrize(("rows", "latents", "inputs"), [(606, 6, 10), (606, 100, 50), (400, 100, 50), (606, 16, 20)])
 def test_a_budget_spends_what_it_may(effort, rows, latents, inputs):
-    budget = Budget.of(effort, rows, 60, latents, inputs)
+    budget = Budget.of(effort, rows, latents, inputs)
     total = rows * latents * inputs / EFFORTS[effort]
     assert budget.cost(inputs) <= 1.02 * total, budget
     assert 1 <= budget.latents <= latents and budget.refined <= rows
@@ -164,8 +205,10 @@ def test_a_budget_spends_what_it_may(effort, rows, latents, inputs):
 def test_sorts_are_by_class_name_and_stand_in(pipe):
     todo = todo_of(pipe)
     sorts = sorts_of(todo)
-    assert sorted(n for rows in sorts.values() for n in rows) == list(range(len(todo)))
-    convolutions = sorts["Conv2d", "conv1", "zero"]
+    assert sorted(n for rows in sorts for n in rows) == list(range(len(todo)))
+    (convolutions,) = [
+        rows for rows in sorts if todo[rows[0]][0].path.endswith("conv1") and todo[rows[0]][1].name == "zero"
+    ]
     assert len(convolutions) > 2 and all(todo[n][0].path.endswith("conv1") for n in convolutions)
 
 

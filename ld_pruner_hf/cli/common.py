@@ -108,8 +108,8 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, metavar="S", help="the first seed")
     group.add_argument("--criterion", choices=CRITERIA, help=f"what to rank by; default: {CRITERIA[0]}")
     group.add_argument(
-        "--effort", choices=list(EFFORTS), default="exact", help="exact: the paper's loop; balanced, fast: estimates for a "
-        "hundredth and a five-hundredth of its cost",
+        "--effort", choices=list(EFFORTS), default="exact", help="exact: the paper's loop; balanced, fast: estimates for "
+        "about a hundredth and a 300th of its time",
     )  # fmt: skip
     group.add_argument("--pooled", action="store_true", help="compare all latents as one set, not one set per prompt")
     group.add_argument(
