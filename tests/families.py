@@ -242,7 +242,7 @@ def audioldm2() -> Built:
     unet = d.AudioLDM2UNet2DConditionModel(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=8, sample_size=32,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=[[8, 16], [8, 16]],
+        cross_attention_dim=[[None, 8, 16], [None, 8, 16]],
     )  # fmt: skip
     vocoder = SpeechT5HifiGan(
         SpeechT5HifiGanConfig(

@@ -12,16 +12,10 @@ from ld_pruner_hf.latents import RecordedCall
 from ld_pruner_hf.profiling import run
 
 DENOISERS = {"wan_2_2": ("transformer", "transformer_2")}
-BROKEN = {
-    "audioldm2": "the tiny projection of its two text encoders does not fit yet",
-    "cascade_decoder": "diffusers cannot load PaellaVQModel by the name that it saves, pruned or not",
-}
 
 
 @pytest.mark.parametrize(("name", "component"), [(n, c) for n in families.FAMILIES for c in DENOISERS.get(n, (None,))])
-def test_family(name, component, tmp_path, request):
-    if name in BROKEN:
-        request.applymarker(pytest.mark.xfail(reason=BROKEN[name], strict=True))
+def test_family(name, component, tmp_path):
     row = pipelines_table.prune_and_save(lambda: families.make(name), tmp_path, component)
     assert row.ks == list(pipelines_table.KS) and row.blocks and row.candidates >= 20
     assert component in (None, row.component)
