@@ -106,7 +106,7 @@ def prune_and_save(build: Callable[[], families.Built], folder: Path, component:
     return row
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal but for rounding: weights that diffusers maps from a file may lie at addresses where kernels round differently."""
     return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
@@ -131,7 +131,7 @@ def reload(folders: list[str]) -> dict[str, str | None]:
         expected = torch.load(f"{folder}.pt", weights_only=False)
         try:
             got = latents(load(folder), expected["call"])
-            found[folder] = None if _same(got, expected["latents"]) else "other latents after reloading"
+            found[folder] = None if same(got, expected["latents"]) else "other latents after reloading"
         except Exception as error:
             found[folder] = f"reload: {explain(error)}"
     return found

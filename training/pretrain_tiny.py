@@ -516,7 +516,9 @@ def main(argv=None):
     if recipe.get("random_flip"):
         images, rows = torch.cat([images, images.flip(-1)]), pd.concat([rows, rows], ignore_index=True)
     probabilities = torch.tensor(rows["weight"].to_numpy(), dtype=torch.float32)
-    print(f"{len(images)} images from {args.train_data}{', half of them flipped' if recipe.get('random_flip') else ''}")
+    print(
+        f"{len(images)} images from {args.train_data}{', half of them flipped' if recipe.get('random_flip') else ''}"
+    )
     task = task_class(recipe, rows)
     for stage in ("autoencoder", "denoiser"):
         (args.output_dir / stage).mkdir(parents=True, exist_ok=True)
