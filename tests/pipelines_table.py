@@ -20,13 +20,15 @@ from typing import Any
 
 import diffusers
 import families
+import more_families  # noqa: F401
 import torch
 
 import ld_pruner_hf
 from ld_pruner_hf import Modification, PruningPlan
-from ld_pruner_hf.latents import final_latents, preserved, steps_argument
+from ld_pruner_hf.latents import final_latents, preserved
 from ld_pruner_hf.operators import steps_argument_if_any
 from ld_pruner_hf.plan import is_inside
+from ld_pruner_hf.planning import denoisers_of
 from ld_pruner_hf.surgery import architecture_of, count_params
 
 KS = (1, 3)
@@ -60,6 +62,10 @@ def latents(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
         return final_latents(pipe, {**call, **steps_argument_if_any(pipe)}, [0])
 
 
+def steps_of(pipe: Any) -> int | None:
+    return 2 if steps_argument_if_any(pipe) else None
+
+
 def spread(items: list[Any], n: int) -> list[Any]:
     return [items[i * len(items) // n] for i in range(min(n, len(items)))]
 
@@ -71,6 +77,7 @@ def prune_and_save(build: Callable[[], families.Built], folder: Path, component:
         AssertionError: pruning did not do what the plan says.
     """
     pipe, call = build()
+    component = component or denoisers_of(pipe, None, {"conditions": [call], "num_inference_steps": steps_of(pipe)})[0]
     row = Row(type(pipe).__name__)
     original = latents(pipe, call)
     operators = ld_pruner_hf.find_operators(pipe, component=component, latency=False, progress=False, **call)
@@ -79,7 +86,7 @@ def prune_and_save(build: Callable[[], families.Built], folder: Path, component:
     inner = [o for o in candidates if not any(is_inside(other.path, o.path) for other in candidates)]
     scores = pipe.score(
         conditions=[call], component=component, include=[o.path for o in spread(inner, SCORED)], seeds=1,
-        num_inference_steps=next(iter(steps_argument(pipe, 2).values())) if steps_argument_if_any(pipe) else None,
+        num_inference_steps=steps_of(pipe),
     )  # fmt: skip
     row.component, row.denoiser = scores.component, scores.model_class
     assert all(r.error is None for r in scores.rows), [r.error for r in scores.rows]
@@ -271,13 +278,16 @@ class State:
 
 def run(state: State) -> None:
     """Do what the state lacks: first the families, then every class that their components make."""
-    rows = state.rows()
-    for name in families.FAMILIES:
-        if name not in rows:
-            state.add(name, attempt(name, lambda name=name: families.make(name), state.folder / name))
+    rows, names = state.rows(), [*families.FAMILIES, *families.MORE]
+    for name in names:
+        for component in families.SEVERAL.get(name, (None,)):
+            key = f"{name}:{component}" if component else name
+            if key not in rows:
+                folder = state.folder / key.replace(":", "-")
+                state.add(key, attempt(name, lambda name=name: families.make(name), folder, component))
     state.reload()
     tried = {key for key in state.rows() if "/" in key}
-    for name in families.FAMILIES:
+    for name in names:
         done = {row.pipeline for row in state.rows().values() if row.reason is None}
         for label, build in variants(name, done):
             if f"{name}/{label}" not in tried:
@@ -290,7 +300,9 @@ def markdown(rows: list[Row]) -> str:
     worked = [r for r in rows if r.reason is None]
     names = {r.pipeline for r in worked}
     reasons = {r.pipeline: str(r.reason) for r in reversed(rows) if r.reason is not None and r.pipeline not in names}
-    parts = [part for name in families.FAMILIES for part in families.make(name)[0].components.values()]
+    parts = [
+        part for name in (*families.FAMILIES, *families.MORE) for part in families.make(name)[0].components.values()
+    ]
     known = {kind.__name__ for part in parts for kind in type(part).__mro__} - {"object", "Module"}
     reasons |= {n: why_not(k, known) for n, k in classes.items() if n not in names and n not in reasons}
     lines = [
@@ -307,8 +319,7 @@ def markdown(rows: list[Row]) -> str:
         "| Pipeline | Denoiser | Modules | Candidates | k | Blocks |",
         "|---|---|--:|--:|---|--:|",
     ]
-    best = {r.pipeline: r for r in reversed(worked)}
-    for _, r in sorted(best.items()):
+    for _, r in sorted({(r.pipeline, r.component): r for r in reversed(worked)}.items()):
         ks = ", ".join(map(str, r.ks))
         lines.append(
             f"| {r.pipeline} | {r.component}: {r.denoiser} | {r.operators} | {r.candidates} | {ks} | {r.blocks} |"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import families
+import more_families  # noqa: F401
 import pipelines_table
 import pytest
 import torch
@@ -11,10 +12,10 @@ import ld_pruner_hf
 from ld_pruner_hf.latents import RecordedCall
 from ld_pruner_hf.profiling import run
 
-DENOISERS = {"wan_2_2": ("transformer", "transformer_2")}
+NAMES = [*families.FAMILIES, "ace_step", "kandinsky_combined", "flux2", "z_image"]
 
 
-@pytest.mark.parametrize(("name", "component"), [(n, c) for n in families.FAMILIES for c in DENOISERS.get(n, (None,))])
+@pytest.mark.parametrize(("name", "component"), [(n, c) for n in NAMES for c in families.SEVERAL.get(n, (None,))])
 def test_family(name, component, tmp_path):
     row = pipelines_table.prune_and_save(lambda: families.make(name), tmp_path, component)
     assert row.ks == list(pipelines_table.KS) and row.blocks and row.candidates >= 20
@@ -97,6 +98,12 @@ def test_two_denoisers_are_scored_and_pruned_together(tmp_path):
     assert torch.equal(pipelines_table.latents(other, call), pipelines_table.latents(pipe, call))
     with pytest.raises(ValueError, match="denoise together"):
         families.make("wan_2_2")[0].prune(macs=0.1, conditions=[call], **attentions)
+
+
+def test_prior_and_decoder_are_found():
+    pipe, call = families.make("kandinsky_combined")
+    kinds = {"kinds": "Attention", "num_inference_steps": 1, "seeds": 1}
+    assert set(pipe.score(conditions=[call], **kinds).component.split("+")) == {"unet", "prior_prior"}
 
 
 def test_helpers_of_the_denoiser_are_no_denoisers():
