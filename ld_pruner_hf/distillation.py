@@ -7,8 +7,9 @@ s and t are the outputs of student and teacher, f^l their features at the end of
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,15 +157,15 @@ class DistillationLoss:
         prediction: torch.Tensor,
         target: torch.Tensor,
         teacher_prediction: torch.Tensor | None = None,
-        features: Sequence[torch.Tensor] = (),
-        teacher_features: Sequence[torch.Tensor] = (),
+        features: Iterable[torch.Tensor] = (),
+        teacher_features: Iterable[torch.Tensor] = (),
         sample_weights: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The terms and their weighted sum, as scalars: "loss", "task", "output", "feature".
 
         Args:
             prediction, teacher_prediction: (B, C, ...). target: (B, c, ...); c < C where a denoiser also predicts variances.
-            features, teacher_features: one tensor a tap, in the same order.
+            features, teacher_features: one tensor a tap, in the same order; taken one pair at a time.
             sample_weights: (B,) of the task loss.
 
         Raises:
@@ -185,18 +186,25 @@ class DistillationLoss:
             _check_shapes("predictions of student and teacher", prediction, teacher_prediction)
             terms["output"] = squared_error(prediction, teacher_prediction.detach()).mean()
         if self.feature:
-            if not features or len(features) != len(teacher_features):
-                raise ValueError(
-                    f"features: got {len(features)} of the student and {len(teacher_features)} of the teacher, expected one each "
-                    "a tap, and at least one"
-                )
-            errors = []
-            for ours, theirs in zip(features, teacher_features, strict=True):
-                _check_shapes("features of student and teacher", ours, theirs)
-                errors.append(feature_error(ours, theirs, self.feature_loss).mean())
-            terms["feature"] = torch.stack(errors).sum()
+            terms["feature"] = self._feature_term(features, teacher_features)
         loss = torch.stack([getattr(self, name) * term for name, term in terms.items()]).sum()
         return {"loss": loss, **terms}
+
+    def _feature_term(
+        self, features: Iterable[torch.Tensor], teacher_features: Iterable[torch.Tensor]
+    ) -> torch.Tensor:
+        errors: list[torch.Tensor] = []
+        for ours, theirs in itertools.zip_longest(features, teacher_features):
+            if ours is None or theirs is None:
+                fewer = "student" if ours is None else "teacher"
+                raise ValueError(
+                    f"features: got {len(errors)} of the {fewer} and more of the other, expected one each a tap"
+                )
+            _check_shapes("features of student and teacher", ours, theirs)
+            errors.append(feature_error(ours, theirs, self.feature_loss).mean())
+        if not errors:
+            raise ValueError("features: got none, expected at least one tap")
+        return torch.stack(errors).sum()
 
 
 def _check_shapes(what: str, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,7 +244,7 @@ class FeatureTaps:
     Example:
         >>> with FeatureTaps(student, [pair.student for pair in pairs]) as taps:
         ...     prediction = student(**call).sample
-        ...     features = taps.take()
+        ...     features = list(taps.take())
     """
 
     def __init__(self, model: nn.Module, taps: Iterable[Tap]) -> None:
@@ -281,14 +281,16 @@ class FeatureTaps:
 
         return hook
 
-    def take(self) -> list[torch.Tensor]:
-        """The features of the last call, in the order of the taps; they are forgotten here."""
+    def take(self) -> Iterator[torch.Tensor]:
+        """The features of the last call, in the order of the taps, each forgotten here as it is handed out.
+
+        So a teacher's features go one by one, while the loss goes through the stages.
+        """
         self._watching = False
         missing = [t.path for t in self.taps if t not in self._features]
         if missing:
             raise RuntimeError(
                 f"{type(unwrap(self.model)).__name__}: {missing} did not run in the last call, or no call was made since take()"
             )
-        features = [self._features[t] for t in self.taps]
-        self._features.clear()
-        return features
+        features, self._features = self._features, {}
+        return (features.pop(tap) for tap in self.taps)

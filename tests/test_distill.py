@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,6 +181,64 @@ def test_a_student_that_fsdp_splits_learns_the_same(folder, run, tmp_path):
     assert_same_run(single, out)
 
 
+DEEPSPEED_ON_THE_CPU = """
+import runpy, sys
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+# accelerate takes DeepSpeed on accelerators only; DeepSpeed itself runs on CPUs, too, with gloo
+PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_student_under_deepspeed_learns_the_same(folder, run, tmp_path):
+    """Losses and weights of two processes that split the optimizer's state; their checkpoint resumes on two, and on nothing else."""
+    pytest.importorskip("deepspeed")
+    script, out = tmp_path / "deepspeed_on_the_cpu.py", tmp_path / "two"
+    script.write_text(DEEPSPEED_ON_THE_CPU)
+    flags = ["--max_train_steps", 3, "--checkpointing_steps", 2]
+    single = run("--train_batch_size", 4, *flags)
+    config = ["--config_file", TRAINING / "recipes" / "accelerate" / "deepspeed.yaml", "--mixed_precision", "no"]
+
+    def twice(*more):
+        launch(
+            ["accelerate.commands.launch", *config, "--num_processes", 2, "--main_process_port", port(), script],
+            *(
+                "--teacher",
+                folder / "sd",
+                "--student",
+                folder / "sd-pruned",
+                *FAST,
+                *flags,
+                "--output_dir",
+                out,
+                *more,
+            ),
+            DS_ACCELERATOR="cpu",
+        )
+
+    twice("--train_batch_size", 1, "--gradient_accumulation_steps", 2)
+    assert_same_run(single, out)
+    shutil.rmtree(out / "unet")
+    twice("--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "checkpoint-2")
+    assert_same_run(single, out)
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        run("--train_batch_size", 4, *flags, "--resume_from_checkpoint", "checkpoint-2", out=out)
+
+
+@pytest.mark.parametrize(("stage", "ema", "match"), [(3, False, "stage 3"), (2, True, "--use_ema")])
+def test_deepspeed_as_it_cannot_be_used_is_refused(stage, ema, match):
+    args = SimpleNamespace(use_ema=ema, train_batch_size=1, gradient_accumulation_steps=1, max_grad_norm=1.0)
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={})
+    with pytest.raises(ValueError, match=match):
+        distill.configure_deepspeed(args, SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+
+
 def assert_same_run(expected, got):
     for a, b in zip(losses(expected), losses(got), strict=True):
         for name in ("loss", "task", "output", "feature"):
@@ -204,8 +263,10 @@ def test_configs_of_accelerate_are_read_as_they_are_meant(path):
         launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
     )
     assert args.num_processes == 8 and args.mixed_precision == "bf16"
-    assert (args.use_fsdp, args.multi_gpu) == ((True, False) if path.stem == "fsdp" else (False, True))
+    kind = {"fsdp": args.use_fsdp, "deepspeed": args.use_deepspeed, "ddp": args.multi_gpu}
+    assert [name for name, used in kind.items() if used] == [path.stem]
     assert path.stem != "fsdp" or str(args.fsdp_version) == "2"
+    assert path.stem != "deepspeed" or int(args.zero_stage) == 2
 
 
 def test_processes_that_accelerate_does_not_start_are_an_error(folder, tmp_path):

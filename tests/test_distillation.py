@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import tiny
@@ -144,7 +145,7 @@ def test_taps_survive_wrapping(unet):
     assert [p.student.path for p in pairs] == STAGES
     with FeatureTaps(student, [p.student for p in pairs]) as taps:
         tiny.output(student, CALL)
-        assert len(taps.take()) == 4
+        assert len(list(taps.take())) == 4
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
 
 
@@ -171,11 +172,30 @@ def test_features_carry_gradients_and_are_taken_once(unet):
         with pytest.raises(RuntimeError, match="did not run"):
             taps.take()
         unet(**CALL)
-        features = taps.take()
+        features = list(taps.take())
         with pytest.raises(RuntimeError, match="did not run"):
             taps.take()
     features[0].sum().backward()
     assert unet.conv_in.weight.grad is not None and unet.conv_out.weight.grad is None
+
+
+def test_the_loss_lets_go_of_the_teachers_features_one_by_one(unet):
+    pairs, alive, counts = find_taps(unet, unet, CALL), [], []
+
+    def counted(features):
+        for feature in features:
+            alive.append(weakref.ref(feature))
+            counts.append(sum(f() is not None for f in alive))
+            yield feature
+
+    with FeatureTaps(unet, [p.teacher for p in pairs]) as taps:
+        with torch.no_grad():
+            unet(**CALL)
+        features = [torch.randn(p.student.shape, requires_grad=True) for p in pairs]
+        loss = DistillationLoss(task=0, output=0)(None, None, None, features, counted(taps.take()))["loss"]
+    assert len(counts) == len(pairs) > 2 and max(counts) <= 2  # the one before it still has its name in the loop
+    loss.backward()
+    assert all(f.grad is not None for f in features)
 
 
 def test_gradient_checkpointing_gives_equal_features_and_gradients():

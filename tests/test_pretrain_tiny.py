@@ -35,7 +35,9 @@ def parquet(tmp_path):
         picture = Image.fromarray(np.full((20, 20, 3), 30 * i, dtype=np.uint8))
         data = io.BytesIO()
         picture.save(data, "PNG")
-        rows.append({"image": {"bytes": data.getvalue(), "path": None}, "caption": f"grey number {i}", "skip": i == 7})
+        image = {"bytes": data.getvalue(), "path": None}
+        speaker = ("george", "jackson", "theo")[i % 3]
+        rows.append({"image": image, "caption": f"grey number {i}", "skip": i == 7, "speaker": speaker})
     pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
     return tmp_path / "train.parquet"
 
@@ -213,6 +215,17 @@ def test_data_that_cannot_be_used_is_refused(pretrain, parquet, tmp_path):
     rows.to_parquet(tmp_path / "all_skipped.parquet")
     with pytest.raises(ValueError, match="no rows"):
         pretrain.load_rows(tmp_path / "all_skipped.parquet", {"skip_column": "skip"})
+
+
+def test_recipes_keep_the_rows_and_pictures_that_they_name(pretrain, parquet):
+    rows = pretrain.load_rows(parquet, {"keep": {"speaker": ["george", "theo"]}})
+    assert set(rows["speaker"]) == {"george", "theo"} and list(rows.index) == list(range(len(rows)))
+    with pytest.raises(ValueError, match="no column 'voice'"):
+        pretrain.load_rows(parquet, {"keep": {"voice": ["george"]}})
+    images = torch.zeros(3, 3, 16, 16)
+    images[0, :, :, ::2] = 1  # stripes
+    images[1, :, 6:10, 6:10] = 1  # an object on a plain ground
+    assert pretrain.plainest(images, 2).tolist() in ([1, 2], [2, 1])
 
 
 def test_wrong_arguments_are_refused_before_any_work(pretrain, parquet, tmp_path):

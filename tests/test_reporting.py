@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 
 import numpy as np
@@ -86,6 +87,18 @@ def test_sections_without_content_are_left_out(made, tmp_path):
     page = (tmp_path / "index.html").read_text()
     assert "Finetuning" not in page and "Before and after" not in page and "Quality against" not in page
     assert not (tmp_path / "sweep.csv").exists()
+
+
+def test_samples_are_of_the_prompts_that_were_scored(tmp_path):
+    pipe = tiny.stable_diffusion()
+    pipe.save_pretrained(tmp_path / "pipe")
+    prompts = ["red heart", "it's a cat face"]
+    score(pipe, prompts, num_inference_steps=1, seeds=1, include=["mid_block*"]).save(tmp_path / "scores.jsonl")
+    argv = ["report", tmp_path / "pipe", "--scores", tmp_path / "scores.jsonl", "-o", tmp_path / "out", "--k", 1,
+            "--num-inference-steps", 1, "--criteria", "latent-shift", "--device", "cpu"]  # fmt: skip
+    assert cli.main([str(a) for a in argv]) == 0
+    page = html.unescape((tmp_path / "out" / "index.html").read_text())
+    assert all(prompt in page for prompt in prompts) and "lighthouse" not in page
 
 
 def test_sounds_have_players_and_spectrograms(tmp_path):

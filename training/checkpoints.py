@@ -7,16 +7,23 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+ENGINE = "deepspeed"
 
-def save_checkpoint(folder, tensors, state):
-    """Write tensors and JSON state aside, then move the folder into place."""
-    folder = Path(folder)
+
+def make_aside(folder):
+    """An empty folder beside the one that it is to become."""
     aside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    return aside
+
+
+def save_checkpoint(folder, aside, tensors, state):
+    """Write tensors and JSON state aside, then move all that is there into place."""
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, aside / "state.safetensors")
     (aside / "state.json").write_text(json.dumps(state))
     shutil.rmtree(folder, ignore_errors=True)
@@ -75,12 +82,21 @@ def remove_old(output_dir, limit):
             shutil.rmtree(folder)
 
 
-# ---- tensors that FSDP may have split --------------------------------------------------------------------------------
+# ---- tensors that FSDP or DeepSpeed may have split -------------------------------------------------------------------
 
 
 def gathered(tensor):
     """The whole tensor on the CPU; every process must ask for it."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def float32_weights(engine):
+    """The weights of a DeepSpeed engine's model as its optimizer has them; every process must ask for them."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    whole = engine.module.state_dict()
+    trained = {n: safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters() if p.requires_grad}
+    return {name: (value if (w := trained.get(name)) is None else w).detach().cpu() for name, value in whole.items()}
 
 
 def split_as(value, like):
@@ -144,27 +160,43 @@ class Progress:
     """Everything that a checkpoint holds: student, EMA, optimizer, gradient scaler, data position.
 
     Args:
-        student: the bare model, as `accelerator.prepare` left it.
+        model: the student, as `accelerator.prepare` left it.
     """
 
-    def __init__(self, student, optimizer, ema, accelerator):
-        self.student, self.optimizer, self.ema, self.accelerator = student, optimizer, ema, accelerator
-        self.names = {p: name for name, p in student.named_parameters()}
+    def __init__(self, model, optimizer, ema, accelerator):
+        self.student, self.optimizer, self.ema, self.accelerator = (
+            accelerator.unwrap_model(model),
+            optimizer,
+            ema,
+            accelerator,
+        )
+        self.names = {p: name for name, p in self.student.named_parameters()}
+        # DeepSpeed alone can put its part of weights and optimizer state away: a folder of its own, a file a process.
+        self.engine = model if accelerator.distributed_type.value == "DEEPSPEED" else None
 
     def save(self, folder, step, stream, samples_a_step):
         """Every process must call it; the main one writes."""
-        tensors, plain = optimizer_tensors(self.optimizer, self.names)
-        tensors |= {f"model.{k}": gathered(v) for k, v in self.student.state_dict().items()}
+        main = self.accelerator.is_main_process
+        aside = make_aside(folder) if main else None
+        tensors, plain = {}, {}
+        if self.engine is not None:
+            (aside,) = broadcast_object_list([aside])
+            self.engine.save_checkpoint(aside, tag=ENGINE)
+        else:
+            tensors, plain = optimizer_tensors(self.optimizer, self.names)
+            tensors |= {f"model.{k}": gathered(v) for k, v in self.student.state_dict().items()}
         if self.ema:
             tensors |= {f"ema.{i}": gathered(v) for i, v in enumerate(self.ema.shadow_params)}
-        if not self.accelerator.is_main_process:
-            return
-        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-        save_checkpoint(
-            folder,
-            tensors,
-            {"step": step, "stream": stream, "optimizer": plain, "scaler": scaler, "samples_a_step": samples_a_step},
-        )
+        if main:
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+            state = {
+                "step": step,
+                "stream": stream,
+                "optimizer": plain,
+                "scaler": scaler,
+                "samples_a_step": samples_a_step,
+            }
+            save_checkpoint(folder, aside, tensors, state)
 
     @torch.no_grad()
     def load(self, folder, samples_a_step):
@@ -175,6 +207,11 @@ class Progress:
                 f"{folder}: was trained with {state['samples_a_step']} samples a step, now it is {samples_a_step}; keep processes x batch size x "
                 "accumulation, or the same samples would not follow"
             )
+        if (self.engine is not None) != (Path(folder) / ENGINE).is_dir():
+            raise ValueError(f"{folder}: a run under DeepSpeed goes on under DeepSpeed, any other one without it")
+        if self.engine is not None:
+            self.engine.load_checkpoint(folder, tag=ENGINE)
+            return state["step"], state["stream"]
         now = self.student.state_dict()
         model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         try:

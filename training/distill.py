@@ -11,6 +11,7 @@ loss = task_weight * |target - student|^2 + output_weight * |teacher - student|^
 
 import contextlib
 import copy
+import functools
 import json
 import time
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from checkpoints import Log, Progress, gathered, remove_old, resume_point
+from checkpoints import Log, Progress, float32_weights, gathered, remove_old, resume_point
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from inputs import DenoiserInputs, check_resolution
@@ -45,6 +46,7 @@ def make_accelerator(args):
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(
                 project_dir=str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)
@@ -53,18 +55,39 @@ def make_accelerator(args):
     except ValueError as error:
         raise ValueError(f"--mixed_precision {args.mixed_precision}: {error}") from error
     kind = accelerator.distributed_type.value
-    if kind in ("DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(f"accelerate is configured for {kind}, for which there is no code here; use FSDP (version 2)")
+    if kind == "MEGATRON_LM":
+        raise ValueError(
+            "accelerate is configured for MEGATRON_LM, for which there is no code here; use FSDP (version 2)"
+        )
     if kind == "FSDP" and not accelerator.is_fsdp2:
         raise ValueError("accelerate is configured for FSDP version 1; set fsdp_version: 2")
+    if kind == "DEEPSPEED":
+        configure_deepspeed(args, accelerator)
     return accelerator
+
+
+def configure_deepspeed(args, accelerator):
+    """What DeepSpeed must know of the run before it takes the model."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.zero_stage > 2:
+        raise ValueError(
+            f"accelerate is configured for DeepSpeed stage {plugin.zero_stage}, got no whole student in any process; use stage 1 or 2, "
+            "or FSDP (version 2)"
+        )
+    if args.use_ema:
+        raise ValueError("--use_ema: DeepSpeed keeps the float32 weights to itself; leave it out, or use DDP or FSDP")
+    plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": args.train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_clipping": args.max_grad_norm,
+    }
 
 
 def make_optimizer(args, parameters, accelerator):
     rate = args.learning_rate
     if args.scale_lr:
         rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    kind = torch.optim.AdamW
+    kind = functools.partial(torch.optim.AdamW, fused=True)
     if args.use_8bit_adam:
         import bitsandbytes
 
@@ -210,7 +233,7 @@ def train(run, args, accelerator):
     model, optimizer = accelerator.prepare(run.student, optimizer)
     parameters = [p for p in model.parameters() if p.requires_grad]
     ema = EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True) if args.use_ema else None
-    progress = Progress(accelerator.unwrap_model(model), optimizer, ema, accelerator)
+    progress = Progress(model, optimizer, ema, accelerator)
     if run.checkpoint is not None:
         progress.load(run.checkpoint, run.samples_a_step)
     log = Log(args.output_dir / "log.csv", ["step", *run.TERMS, "lr", "images_per_s"], run.first_step, accelerator)
@@ -225,12 +248,11 @@ def train(run, args, accelerator):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1)
         total = torch.zeros(len(run.TERMS), device=accelerator.device)
-        for micro in range(args.gradient_accumulation_steps):
+        for _ in range(args.gradient_accumulation_steps):
             positions, fetched, stream = run.batches.take()
-            last = micro == args.gradient_accumulation_steps - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with accelerator.accumulate(model):
                 terms = run.terms(model, run.prepare(positions, fetched))
-                accelerator.backward(terms["loss"] / args.gradient_accumulation_steps)
+                accelerator.backward(terms["loss"])
             total += torch.stack([terms.get(name, total.new_zeros(())).detach() for name in run.TERMS])
         accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
@@ -259,18 +281,22 @@ def train(run, args, accelerator):
 
 
 class Whole:
-    """The trained model in one piece, also where FSDP has split it in place."""
+    """The trained model in one piece, also where FSDP has split it in place or DeepSpeed has the float32 weights."""
 
     def __init__(self, student, accelerator):
         self.accelerator = accelerator
-        self.sharded = accelerator.distributed_type.value == "FSDP"
-        self.copy = copy.deepcopy(student).cpu() if self.sharded and accelerator.is_main_process else None
+        self.kind = accelerator.distributed_type.value
+        elsewhere = self.kind in ("FSDP", "DEEPSPEED")
+        self.copy = copy.deepcopy(student).cpu() if elsewhere and accelerator.is_main_process else None
 
     def student(self, model):
         """Every process must call it; the main one has the model."""
-        if not self.sharded:
+        if self.kind == "DEEPSPEED":
+            weights = float32_weights(model)
+        elif self.kind == "FSDP":
+            weights = {name: gathered(value) for name, value in model.state_dict().items()}
+        else:
             return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        weights = {name: gathered(value) for name, value in model.state_dict().items()}
         if self.copy is not None:
             self.copy.load_state_dict(weights)
         return self.copy

@@ -54,6 +54,12 @@ def load_rows(path, recipe, columns=("image",)):
         raise ValueError(f"{path}: no column {sorted(missing)}; it has {list(rows.columns)}")
     if recipe.get("skip_column"):
         rows = rows[~rows[recipe["skip_column"]].astype(bool)].reset_index(drop=True)
+    for column, kept in recipe.get("keep", {}).items():
+        if column not in rows:
+            raise ValueError(
+                f"{path}: no column {column!r}, which the recipe keeps {kept} of; it has {list(rows.columns)}"
+            )
+        rows = rows[rows[column].isin(kept)].reset_index(drop=True)
     if rows.empty:
         raise ValueError(f"{path}: no rows are left to train on")
     weights = recipe.get("category_weights", {})
@@ -72,6 +78,13 @@ def load_images(rows, resolution, mode="RGB"):
         pixels = torch.from_numpy(np.array(image)).view(resolution, resolution, len(mode))
         images[i] = pixels.permute(2, 0, 1) / 127.5 - 1
     return images
+
+
+def plainest(images, count):
+    """Indices of the `count` images whose borders, 4 pixels wide, vary least: objects on a plain ground."""
+    border = torch.ones(images.shape[-2:], dtype=torch.bool)
+    border[4:-4, 4:-4] = False
+    return images[:, :, border].std(dim=2).mean(dim=1).argsort()[:count]
 
 
 def spread(images, count=1024):
@@ -513,6 +526,9 @@ def main(argv=None):
         )
     rows = load_rows(args.train_data, recipe, task_class.columns)
     images = load_images(rows, recipe["resolution"], task_class.mode)
+    if "plainest" in recipe:
+        kept = plainest(images, recipe["plainest"])
+        images, rows = images[kept], rows.iloc[kept].reset_index(drop=True)
     if recipe.get("random_flip"):
         images, rows = torch.cat([images, images.flip(-1)]), pd.concat([rows, rows], ignore_index=True)
     probabilities = torch.tensor(rows["weight"].to_numpy(), dtype=torch.float32)

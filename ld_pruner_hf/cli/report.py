@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 from pathlib import Path
 
 from ..evaluation import Evaluation
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--training-log", nargs="+", default=[], metavar="FILE", help="log.csv of finetunings with training/distill.py"
     )
-    parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line; default: built-in ones")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="a text file with one prompt a line; default: those of the scores"
+    )
     parser.add_argument("--samples", type=int, default=6, metavar="N", help="lines of the grids")
     parser.add_argument("--num-inference-steps", type=int, metavar="N", help="denoising steps of the samples")
     add_call(parser)
@@ -61,6 +64,17 @@ def _logs(paths: list[str]) -> dict[str, list[dict[str, float]]]:
     return {n if names.count(n) == 1 else p: read_log(p) for n, p in zip(names, paths, strict=True)}
 
 
+def _prompts_of(scores: OperatorScores) -> list[str]:
+    """Those that the operators were scored with."""
+    found = []
+    for condition in scores.settings.get("conditions", []):
+        try:
+            found.append(ast.literal_eval(condition.get("prompt", "None")))
+        except (ValueError, SyntaxError):  # told by a digest alone
+            continue
+    return list(dict.fromkeys(prompt for prompt in found if isinstance(prompt, str)))
+
+
 def run(args: argparse.Namespace) -> None:
     require_matplotlib()
     scores = OperatorScores.load(args.scores)
@@ -72,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.pipeline, args.dtype, args.device)
     prompts = None
     if "prompt" in call_parameters(pipe):
-        prompts = (file_of_prompts(args.prompts) if args.prompts else default_prompts())[: args.samples]
+        prompts = file_of_prompts(args.prompts) if args.prompts else _prompts_of(scores) or default_prompts()
+        prompts = prompts[: args.samples]
     call = {**steps_argument(pipe, args.num_inference_steps), **call_arguments(args)}
     criteria = dict.fromkeys([scores.criterion, *(args.criteria or scores.criteria)])
     try:
