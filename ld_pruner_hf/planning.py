@@ -29,6 +29,8 @@ from .selection import METHODS, SAVINGS, check_k, innermost, ratio, top_k
 from .surgery import architecture_of, count_params, refuse_wrapped, weights_of
 
 LAST_SCORES = "_ld_pruner_scores"
+LAST_CONDITION = "_ld_pruner_condition"
+"""The first condition of the last `score`: where `prune` is given none, one call with it says what nothing uses any more."""
 OPERATORS_ONLY = ("include", "exclude", "kinds", "standins", "effort", "resume_from", "on_cost")
 """Arguments of `score` that say which operators to score, and how to go on with it."""
 SCORING_ONLY = ("criterion", "pooled", "calibration", *OPERATORS_ONLY)
@@ -69,6 +71,7 @@ def score(
     else:
         scores = _score_several(pipe, names, conditions, **kwargs)
     setattr(pipe, LAST_SCORES, scores)
+    setattr(pipe, LAST_CONDITION, make_conditions(pipe, conditions, _call_arguments(kwargs))[0])
     return scores
 
 
@@ -299,8 +302,12 @@ def _find_scores(
 
 
 def first_call(pipe: DiffusionPipeline, name: str, score_kwargs: dict[str, Any]) -> RecordedCall:
-    """The first denoiser call of a run with the call arguments among `score_kwargs`. Run it inside `preserved(pipe)`."""
-    first = make_conditions(pipe, score_kwargs.get("conditions"), _call_arguments(score_kwargs))[0]
+    """The first denoiser call of a run with the call arguments among `score_kwargs`, or those of the last `score` where there
+    are none. Run it inside `preserved(pipe)`."""
+    conditions, given = score_kwargs.get("conditions"), _call_arguments(score_kwargs)
+    if conditions is None and not given:
+        conditions = getattr(pipe, LAST_CONDITION, None)
+    first = make_conditions(pipe, conditions, given)[0]
     return record_call(pipe, name, {**steps_argument_if_any(pipe), **first})
 
 

@@ -36,6 +36,9 @@ SCORED = 5
 """Operators that are scored per pipeline; the smallest ones, spread over the denoiser."""
 
 
+UNLOADED = "was not loaded again yet"
+
+
 @dataclass
 class Row:
     """What was done with one pipeline class.
@@ -192,8 +195,9 @@ def why_not(kind: Any, known: set[str]) -> str:
     components = inspect.signature(kind.__init__).parameters
     if not any("scheduler" in name for name in components):
         return "has no scheduler, so nothing denoises"
-    types = {n: [t.__name__ for t in v if inspect.isclass(t)] for n, v in kind._get_signature_types().items()}
-    new = [names[0] for names in types.values() if names and not known & set(names) and hasattr(diffusers, names[0])]
+    types = [[t for t in v if inspect.isclass(t)] for v in kind._get_signature_types().values()]
+    models = [[t.__name__ for t in kinds if issubclass(t, torch.nn.Module)] for kinds in types]
+    new = [names[0] for names in models if names and not known & set(names) and hasattr(diffusers, names[0])]
     return f"no tiny {', '.join(new)} is built yet" if new else "no tiny one is built yet"
 
 
@@ -260,7 +264,7 @@ class State:
         wrong = {k: v for d in self._read(self.reloads_file) for k, v in d.items()}
         rows = {d["key"]: Row(**d["row"]) for d in self._read(self.rows_file)}
         for row in rows.values():
-            row.reason = row.reason or next((wrong[f] for f in row.folders if wrong.get(f)), None)
+            row.reason = row.reason or next((w for f in row.folders if (w := wrong.get(f, UNLOADED))), None)
         return rows
 
     def add(self, key: str, row: Row) -> None:
@@ -285,9 +289,9 @@ def run(state: State) -> None:
             if key not in rows:
                 folder = state.folder / key.replace(":", "-")
                 state.add(key, attempt(name, lambda name=name: families.make(name), folder, component))
-    state.reload()
     tried = {key for key in state.rows() if "/" in key}
     for name in names:
+        state.reload()
         done = {row.pipeline for row in state.rows().values() if row.reason is None}
         for label, build in variants(name, done):
             if f"{name}/{label}" not in tried:
@@ -300,11 +304,13 @@ def markdown(rows: list[Row]) -> str:
     worked = [r for r in rows if r.reason is None]
     names = {r.pipeline for r in worked}
     reasons = {r.pipeline: str(r.reason) for r in reversed(rows) if r.reason is not None and r.pipeline not in names}
-    parts = [
-        part for name in (*families.FAMILIES, *families.MORE) for part in families.make(name)[0].components.values()
-    ]
+    made = [families.make(name)[0].components for name in (*families.FAMILIES, *families.MORE)]
+    parts = [part for components in made for part in components.values()]
     known = {kind.__name__ for part in parts for kind in type(part).__mro__} - {"object", "Module"}
-    reasons |= {n: why_not(k, known) for n, k in classes.items() if n not in names and n not in reasons}
+    for name, kind in classes.items():
+        if name not in names and name not in reasons:
+            can = not hasattr(kind, "_backends") and any(takes(kind, components) for components in made)
+            reasons[name] = "not tried yet" if can else why_not(kind, known)
     lines = [
         "# Pipelines",
         "",
