@@ -2,8 +2,8 @@
 
     python benchmarks/three_tasks.py --output tasks emoji=emoji.parquet clothing=clothing.parquet digits=digits.parquet
 
-Each argument is a shipped pipeline and real samples (parquet with a column image, or a folder) that FID or FAD are measured
-against. Everything runs through the commands that users have: `ld-pruner score`, `prune`, `distill` (data-free) and `evaluate`. What
+Each argument is a shipped pipeline and its data set (parquet with a column image); FID or FAD are measured against what its
+recipe trains on. Everything runs through the commands that users have: `ld-pruner score`, `prune`, `distill` (data-free) and `evaluate`. What
 is done is kept, so the same command goes on after an interruption. Prints the table as Markdown.
 """
 
@@ -13,11 +13,18 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 
 from ld_pruner_hf.evaluation.results import RESULTS_FILE, Evaluation
 from ld_pruner_hf.loading import load_pipeline
 
-PROMPTS = Path(__file__).resolve().parents[1] / "training" / "recipes" / "emoji_prompts.txt"
+TRAINING = Path(__file__).resolve().parents[1] / "training"
+sys.path.insert(0, str(TRAINING))
+
+import pretrain_tiny  # noqa: E402
+
+RECIPES = TRAINING / "recipes"
+PROMPTS = RECIPES / "emoji_prompts.txt"
 SCORED = {"emoji": ["--prompt", "red heart", "cat face", "pizza", "--guidance-scale", "1", "--seeds", "2"]}
 TRAINED = {"emoji": ["--data_free_prompts", PROMPTS, "--data_free_guidance", 3, "--proportion_empty_prompts", 0.1]}
 JUDGED = {"emoji": ["--prompts", PROMPTS, "--guidance-scale", 3]}
@@ -30,8 +37,21 @@ def ld_pruner(*arguments):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
+def trained_on(name, data, file):
+    """The rows of the data set that the pipeline's recipe keeps, as a parquet file."""
+    if not file.is_file():
+        recipe = yaml.safe_load((RECIPES / f"pretrain_{name}.yaml").read_text())
+        rows = pretrain_tiny.load_rows(data, recipe)
+        if "plainest" in recipe:
+            images = pretrain_tiny.load_images(rows, recipe["resolution"])
+            rows = rows.iloc[pretrain_tiny.plainest(images, recipe["plainest"])]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows[["image"]].to_parquet(file)
+    return file
+
+
 def score(args, name, folder):
-    """Shipped pipelines other than emoji come with their scores; `ld-pruner score` makes them for any."""
+    """Scores of 6 samples of 3 steps, without guidance."""
     file = folder / "scores" / "scores.jsonl"
     if not file.is_file():
         how = SCORED.get(name, ["--seeds", "6"])
@@ -83,9 +103,10 @@ def evaluate(args, name, reference, folder, *pipelines):
     return Evaluation.load(folder / RESULTS_FILE)
 
 
-def rows_of(args, name, reference):
+def rows_of(args, name, data):
     """The four rows of one task; the speed-up as its 99% interval."""
     folder = args.output / name
+    reference = trained_on(name, data, folder / "reference.parquet")
     scores, pruned = score(args, name, folder), folder / "pruned"
     if not (pruned / "model_index.json").is_file():
         ld_pruner("prune", f"demo:{name}", *args.budget.split(), "--scores", scores, "-o", pruned, "--overwrite")
@@ -108,7 +129,7 @@ def rows_of(args, name, reference):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", metavar="NAME=REFERENCE")
+    parser.add_argument("tasks", nargs="+", metavar="NAME=DATA")
     parser.add_argument("--output", type=Path, default=Path("tasks"))
     parser.add_argument("--budget", default="--macs 0.4", help="what `ld-pruner prune` is asked for")
     parser.add_argument("--steps", type=int, default=300, help="of finetuning")
@@ -121,8 +142,8 @@ def main():
         "|---|---|---:|---:|---:|---:|",
     ]
     for task in args.tasks:
-        name, _, reference = task.partition("=")
-        table += rows_of(args, name, reference)
+        name, _, data = task.partition("=")
+        table += rows_of(args, name, data)
     print("\n".join(table))
 
 

@@ -413,10 +413,12 @@ def test_other_kinds_of_targets(folder, run, tmp_path):
         assert losses(run("--prediction_type", kind, "--feature_weight", 0))[0]["task"] > 0
 
 
-@pytest.mark.parametrize("teacher", ["ddpm", "ldm"])
-def test_unconditional_pipelines(run, teacher):
+@pytest.mark.parametrize(("teacher", "precision"), [("ddpm", "no"), ("ldm", "no"), ("ddpm", "bf16"), ("ldm", "bf16")])
+def test_unconditional_pipelines(run, teacher, precision):
     out = run(
-        "--validation_steps", 2, "--num_validation_images", 1, teacher=teacher, student=("--plan", f"{teacher}.json")
+        *("--validation_steps", 2, "--num_validation_images", 1, "--mixed_precision", precision),
+        teacher=teacher,
+        student=("--plan", f"{teacher}.json"),
     )
     assert losses(out)[0]["feature"] > 0 and (out / "validation" / "step_000002.png").is_file()
 

@@ -2,6 +2,7 @@
 whatever else a pipeline passes are as it passes them; only the noisy latents and the timestep are ours.
 """
 
+import contextlib
 import inspect
 
 import torch
@@ -11,6 +12,7 @@ from ld_pruner_hf.latents import RecordedCall, call_parameters, preserved, recor
 
 TIME_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")
 CONDITION_ARGUMENTS = ("prompt", "class_labels")
+
 
 # ---- the denoiser's call ---------------------------------------------------------------------------------------------
 
@@ -157,3 +159,29 @@ class Encoder:
                 "the pipeline's, or run it data-free (--data_free)"
             )
         return mean, std
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def _widened(output):
+    """A model's output in float32."""
+    if isinstance(output, dict):
+        return type(output)(**{name: value.float() for name, value in output.items()})
+    return tuple(value.float() for value in output)
+
+
+@contextlib.contextmanager
+def float32_outputs(pipe, component):
+    """Denoiser and decoder give float32, whatever they compute in: some pipelines end in numpy, which has no bf16."""
+    handle = getattr(pipe, component).register_forward_hook(lambda _, __, output: _widened(output))
+    autoencoder = autoencoder_of(pipe)
+    if autoencoder is not None:
+        decode = autoencoder.decode
+        autoencoder.decode = lambda *args, **kwargs: _widened(decode(*args, **kwargs))
+    try:
+        yield
+    finally:
+        handle.remove()
+        if autoencoder is not None:
+            del autoencoder.decode

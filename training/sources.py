@@ -24,7 +24,7 @@ from data import (
     load_rows,
     open_picture,
 )
-from inputs import Encoder, autoencoder_of
+from inputs import Encoder, autoencoder_of, float32_outputs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -186,7 +186,9 @@ def sample_teacher(inputs, conditions, steps, guidance_scale, dtype):
         call = inputs.pipeline_call(chosen, n, guidance_scale)
         if steps:
             call |= steps_argument(inputs.pipe, steps)
-        with preserved(inputs.pipe):
+        # Some pipelines draw their noise in float32, whatever the denoiser's precision.
+        mixed = torch.autocast(inputs.pipe.device.type, dtype, enabled=dtype != torch.float32)
+        with preserved(inputs.pipe), float32_outputs(inputs.pipe, inputs.component), mixed:
             latents = final_latents(inputs.pipe, call, numbers)
         if tuple(latents.shape[1:]) != inputs.sample_shape:
             raise DataError(

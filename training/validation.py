@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from inputs import float32_outputs
 from PIL import Image
 
 from ld_pruner_hf.latents import preserved, steps_argument
@@ -15,7 +16,7 @@ def draw(pipe, inputs, args):
         **inputs.pipeline_call(prompts, n, args.validation_guidance),
         **steps_argument(pipe, args.validation_inference_steps),
     }
-    with preserved(pipe):
+    with preserved(pipe), float32_outputs(pipe, inputs.component):
         output = pipe(**call, generator=[torch.Generator().manual_seed(args.seed + i) for i in range(n)])
     return [p.convert("RGB") for p in getattr(output, "images", []) if isinstance(p, Image.Image)]
 

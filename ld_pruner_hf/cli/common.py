@@ -72,7 +72,7 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "pipeline",
         metavar="PIPELINE",
-        help="a pipeline's folder, a Hub id (org/model), or the one that ships: demo:emoji",
+        help="a pipeline's folder, a Hub id (org/model), or one that ships: demo:emoji, demo:clothing, demo:digits",
     )
     parser.add_argument(
         "--component", metavar="C", help="which of its models; default: what denoises (a+b for several)"
