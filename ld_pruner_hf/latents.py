@@ -22,6 +22,8 @@ from diffusers import ModelMixin
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from .plan import SEVERAL
+
 Condition = dict[str, Any]
 
 # Components that denoise in diffusers' pipelines, by the attribute's name; any other name is found by watching a call.
@@ -68,11 +70,11 @@ def find_denoiser(pipe: Any, component: str | None = None, **call: Any) -> str:
     last: list[str] = []
     handles = [m.register_forward_hook(lambda *_, name=n: last.append(name)) for n, m in modules.items()]
     try:
-        final_latents(pipe, call, seeds=[0], stop_after=1)
-    except Exception as error:
+        with explained(pipe, call):
+            final_latents(pipe, call, seeds=[0], stop_after=1)
+    except ValueError as error:
         raise ValueError(
-            f"{where}: no denoiser found: the call with {sorted(call)} failed ({type(error).__name__}: {error}); "
-            f"name one of {sorted(modules)} with component=..."
+            f"{where}: no denoiser found: {error}; or name one of {sorted(modules)} with component=..."
         ) from error
     finally:
         for handle in handles:
@@ -82,6 +84,45 @@ def find_denoiser(pipe: Any, component: str | None = None, **call: Any) -> str:
             f"{where}: none of {sorted(modules)} ran before a scheduler step; name one with component=..."
         )
     return last[-1]
+
+
+def find_denoisers(pipe: Any, component: str | None = None, **call: Any) -> list[str]:
+    """Names of the components that denoise: most pipelines have one, Wan 2.2 has two that take turns, prior and decoder follow
+    each other.
+
+    Those named by `component` (several with a "+" between them); else what `find_denoiser` finds, and the models that ran last
+    before some step of a scheduler of the pipeline in one real call with the arguments `call`. Run it inside `preserved(pipe)`.
+
+    Raises:
+        ValueError: no such component, or none that denoises.
+    """
+    if component is not None:
+        return [find_denoiser(pipe, name) for name in component.split(SEVERAL)]
+    first = find_denoiser(pipe, **call)
+    modules = modules_of(pipe)
+    others = [n for n, m in modules.items() if n != first and isinstance(m, ModelMixin) and not hasattr(m, "decode")]
+    if not others:
+        return [first]
+    ran, last = [first], {first}
+
+    def note(step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(step)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            last.add(ran[-1])
+            return step(*args, **kwargs)
+
+        return noted
+
+    schedulers = {type(part) for part in pipe.components.values() if hasattr(part, "step")}
+    with ExitStack() as stack:
+        for kind in schedulers:
+            stack.enter_context(patched(kind, "step", note))
+        for name in (first, *others):
+            handle = modules[name].register_forward_hook(lambda *_, name=name: ran.append(name))
+            stack.callback(handle.remove)
+        stack.enter_context(explained(pipe, call))
+        final_latents(pipe, call, seeds=[0])
+    return [name for name in modules if name in last]
 
 
 # ---- conditions ------------------------------------------------------------------------------------------------------
@@ -103,6 +144,44 @@ def check_call_arguments(pipe: Any, names: Sequence[str]) -> None:
     if unknown:
         known = [n for n, p in parameters.items() if n != "self" and p.kind is not p.VAR_KEYWORD]
         raise ValueError(f"{type(pipe).__name__} takes no argument {unknown}; its call takes {known}")
+
+
+_NO_INPUTS = {
+    "self",
+    "generator",
+    "latents",
+    "height",
+    "width",
+    "timesteps",
+    "sigmas",
+    "output_type",
+    "attention_kwargs",
+}
+
+
+def unset_inputs(pipe: Any, call: Condition) -> list[str]:
+    """The arguments that the pipeline's call might need and `call` does not give: no default, or None; settings left out."""
+    return [
+        name
+        for name, p in call_parameters(pipe).items()
+        if name not in call and p.default in (None, p.empty) and p.kind is p.POSITIONAL_OR_KEYWORD
+        and name not in _NO_INPUTS and not name.startswith(("callback", "num_", "guidance_"))
+        and not name.endswith(("_kwargs", "_steps", "_scale", "_type"))
+    ]  # fmt: skip
+
+
+@contextmanager
+def explained(pipe: Any, call: Condition) -> Iterator[None]:
+    """Inside, an error of the pipeline's call becomes a ValueError that lists the arguments that it may lack."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{type(pipe).__name__} cannot be called with {sorted(call) or 'no arguments'} ({type(error).__name__}: {error}); it "
+            f"also takes {unset_inputs(pipe, call)}: pass what it needs of these as conditions=[{{...}}, ...] or as keyword arguments"
+        ) from error
 
 
 def steps_argument(pipe: Any, num_inference_steps: int | None) -> Condition:
@@ -426,7 +505,10 @@ def decoder_call(pipe: Any, component: str, call: Condition, seeds: Sequence[int
     Raises:
         ValueError: the pipeline does not decode with this component.
     """
-    decodes = denoise(pipe, call, seeds)[1]
+    return _decode_of(pipe, component, denoise(pipe, call, seeds)[1])
+
+
+def _decode_of(pipe: Any, component: str, decodes: Mapping[str, RecordedCall]) -> RecordedCall:
     if component not in decodes:
         raise ValueError(
             f"{type(pipe).__name__}: its component {component!r} neither denoises nor decodes; name another with component=..."
@@ -449,7 +531,9 @@ def record_call(pipe: Any, component: str, call: Condition, seed: int = 0) -> Re
     handle = getattr(pipe, component).register_forward_pre_hook(keep, with_kwargs=True)
     try:
         try:
-            return decoder_call(pipe, component, call, [seed])
+            with explained(pipe, call):
+                decodes = denoise(pipe, call, [seed])[1]
+            return _decode_of(pipe, component, decodes)
         except _Recorded:
             if hasattr(pipe, "maybe_free_model_hooks"):
                 pipe.maybe_free_model_hooks()

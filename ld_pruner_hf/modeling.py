@@ -9,7 +9,7 @@ plan before the weights load, so every way of loading (low memory, sharded, vari
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +19,9 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .plan import PlanError, PruningPlan, is_inside
+from .plan import Modification, PlanError, PruningPlan, is_inside
 from .replacements import StandIn
-from .surgery import align_, apply_plan_, count_params
+from .surgery import align_, apply_plan_, count_params, replace_for_good_
 
 PLAN_KEY = "pruning_plan"
 RECORD_KEY = "_pruned"
@@ -59,7 +59,7 @@ def prune_(model: nn.Module, plan: PruningPlan) -> PruningPlan:
         PlanError: the plan was made for another architecture, or was applied already; the model is then as it was.
     """
     earlier = plan_of(model)
-    gone = sorted(set(plan.paths) & set(earlier.paths)) if earlier else []
+    gone = sorted(set(plan.paths) & {m.path for m in (*earlier, *earlier.unused)}) if earlier else []
     if gone:
         raise PlanError(f"the plan takes out {gone[:3]}, which this {type(model).__name__} has lost already")
     plan = apply_plan_(model, plan)
@@ -74,6 +74,7 @@ def _merged(earlier: PruningPlan, plan: PruningPlan) -> PruningPlan:
     new = []
     for m in plan:
         moot = [kept.pop(path) for path in list(kept) if is_inside(path, m.path)]
+        moot += [old for old in earlier.unused if is_inside(old.path, m.path)]
         new.append(
             replace(
                 m,
@@ -81,7 +82,19 @@ def _merged(earlier: PruningPlan, plan: PruningPlan) -> PruningPlan:
                 macs_removed=m.macs_removed + sum(old.macs_removed for old in moot),
             )
         )
-    return replace(earlier, modifications=(*kept.values(), *new), how={**earlier.how, **plan.how})
+    unused = [m for m in earlier.unused if not any(is_inside(m.path, n.path) for n in new)]
+    return replace(
+        earlier, modifications=(*kept.values(), *new), how={**earlier.how, **plan.how}, unused=(*unused, *plan.unused)
+    )
+
+
+def remove_unused_(model: nn.Module, unused: Sequence[Modification]) -> tuple[Modification, ...]:
+    """Take out of a pruned model what nothing uses any more, and add it to the plan in its config."""
+    plan = plan_of(model)
+    assert plan is not None
+    counted = replace_for_good_(model, unused)
+    _record(model, replace(plan, unused=(*plan.unused, *counted)))
+    return counted
 
 
 def _record(model: nn.Module, plan: PruningPlan) -> None:

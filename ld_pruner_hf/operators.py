@@ -31,7 +31,7 @@ def _cheaper(spec: StandInSpec, seen: Seen, macs: int) -> bool:
     return stand_in_macs * seen.calls < macs
 
 
-def _on_meta(model: nn.Module, call: RecordedCall) -> Callable[[], Any]:
+def on_meta(model: nn.Module, call: RecordedCall) -> Callable[[], Any]:
     """A function that runs the model, as it then is, on the `meta` device: shapes only."""
 
     def to_meta(value: Any) -> Any:
@@ -68,7 +68,7 @@ def _quickest_run(model: nn.Module, call: RecordedCall) -> Callable[[], Any]:
     def real() -> Any:
         return run(model, call)
 
-    meta = _on_meta(model, call)
+    meta = on_meta(model, call)
     return meta if seconds(meta) < seconds(real) else real
 
 

@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any, overload
 
 from diffusers import DiffusionPipeline
-from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
 from .fitting import fit_stand_ins
-from .latents import find_denoiser, make_conditions, preserved, record_call
+from .latents import RecordedCall, find_denoiser, make_conditions, preserved, record_call
 from .loading import load_plan
-from .modeling import plan_of, prune_
+from .modeling import prune_, remove_unused_
 from .operators import recorded, steps_argument_if_any
-from .plan import PlanError, PruningPlan
+from .plan import SEVERAL, PlanError, PruningPlan
 from .planning import LAST_SCORES, SCORING_ONLY, Goal, component_of, first_call, make_plan, score
 from .presets import PRESETS, apply_preset_
 from .profiling import Profile, profile_call
 from .scores import OperatorScores
 from .scoring import score_operators
-from .stock import StockRecord, stock_candidates, to_stock_
-from .surgery import check_plan
+from .stock import StockRecord, to_stock_
+from .surgery import architecture_of, check_plan, count_params
+from .unused import find_unused, unread_modules
 
 _NAMES = {"params": "parameters", "macs": "MACs", "latency": "latency", "memory": "peak memory"}
 
@@ -69,7 +69,8 @@ def prune(
         rounds: how many, with that method.
         scores: scores to choose by, or their file; default: those of the last `score`, else the pipeline is scored first.
         criterion: formula to rank by; default: the one of the scores.
-        component: which model; default: the one that denoises.
+        component: which model; default: the one that denoises, or all that do. Then k operators go out of all of them
+            together, and the plan's paths begin with the component; budgets and rounds are for one at a time.
         fit: fit the stand-ins in closed form (`fit_stand_ins`): True the 1x1 convolutions, "affine" identities and zeros too.
         **score_kwargs: arguments of `score_operators`, if the pipeline is to be scored; of the runs for `fit`, too.
 
@@ -114,23 +115,61 @@ def _apply_(
     pipe: DiffusionPipeline, name: str, plan: PruningPlan, fit: bool | str, score_kwargs: dict[str, Any], measure: bool
 ) -> PruningPlan:
     """Fit, apply, measure, and make a stock model of it where that is possible."""
+    if SEVERAL in name:
+        return _apply_to_several_(pipe, name, plan, fit, score_kwargs)
     model, fitted = component_of(pipe, name), None
+    call, why = _first_call_if_any(pipe, name, score_kwargs)
+    if measure and call is None:
+        raise ValueError(why)
     if fit:
         kwargs = {k: v for k, v in score_kwargs.items() if k not in SCORING_ONLY}
         fitted = fit_stand_ins(pipe, replace(plan, component=name), affine=fit == "affine", **kwargs)
-        plan = fitted.plan
-    if measure:
-        with preserved(pipe):
-            call = first_call(pipe, name, score_kwargs)
-            before = profile_call(model, call)
+        plan = replace(fitted.plan, unused=())  # what reads from a fitted zero is in use
+    with preserved(pipe):
+        before = profile_call(model, call) if measure and call is not None else None
+        unread = unread_modules(model, call) if call is not None else set()
     done = prune_(model, plan)
     if fitted is not None:
         fitted.load_(model)
     _forget_scores(pipe)
-    if measure:
-        with preserved(pipe):
+    if call is None:
+        untried = f"{_saved_as(model, None)}; neither tried as a stock config nor searched for unused operators: {why}"
+        return replace(done, how={**done.how, "saved_as": untried})
+    with preserved(pipe):
+        record = to_stock_(model, call, name)
+        if record is None and (unused := find_unused(model, call, unread)):
+            done = replace(done, unused=(*done.unused, *remove_unused_(model, unused)))
+        if before is not None:
             done = _compare(done, before, profile_call(model, call))
-    return replace(done, how={**done.how, "saved_as": _simplify_(pipe, name, done, score_kwargs)})
+    return replace(done, how={**done.how, "saved_as": _saved_as(model, record)})
+
+
+def _first_call_if_any(
+    pipe: DiffusionPipeline, name: str, score_kwargs: dict[str, Any]
+) -> tuple[RecordedCall | None, str]:
+    """The first call of the component; or None and why, where the pipeline needs images or embeddings that were not given, say."""
+    try:
+        with preserved(pipe):
+            return first_call(pipe, name, score_kwargs), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def _apply_to_several_(
+    pipe: DiffusionPipeline, name: str, plan: PruningPlan, fit: bool | str, score_kwargs: dict[str, Any]
+) -> PruningPlan:
+    """Each component's part, one after the other."""
+    before = count_params(component_of(pipe, name))
+    parts = {}
+    for one, part in plan.by_component().items():
+        model = component_of(pipe, one)
+        part = replace(part, model_class=type(model).__name__, architecture=architecture_of(model))
+        parts[one] = _apply_(pipe, one, part, fit, score_kwargs, measure=False)
+    done = tuple(replace(m, path=f"{one}.{m.path}") for one, part in parts.items() for m in part)
+    unused = tuple(replace(m, path=f"{one}.{m.path}") for one, part in parts.items() for m in part.unused)
+    saved_as = "; ".join(f"{one}: {part.how['saved_as']}" for one, part in parts.items())
+    how = {**plan.how, "saved_as": saved_as}
+    return replace(plan, modifications=done, unused=unused, params_before=before, how=how)
 
 
 def _compare(plan: PruningPlan, before: Profile, after: Profile) -> PruningPlan:
@@ -181,24 +220,12 @@ def check_goals(target: Any, goals: Mapping[str, Any], fit: bool | str = False) 
         raise ValueError(f"prune: {extra} cannot go together with a plan or preset; leave out one of them")
 
 
-def _simplify_(pipe: DiffusionPipeline, name: str, plan: PruningPlan, score_kwargs: dict[str, Any]) -> str:
-    """Make the pruned model a stock one if a stock config can express it; says which kind it became."""
-    model: Any = component_of(pipe, name)
-    kind, record, why = type(model).__name__, None, ""
-    has_config = isinstance(model, ConfigMixin)
-    if has_config and any(True for _ in stock_candidates(model, plan_of(model) or plan)):
-        try:
-            with preserved(pipe):
-                call = first_call(pipe, name, score_kwargs)
-        except Exception as error:  # the pipeline cannot be called without the user's images or embeddings, say
-            why = f"; not tried as a stock config: {error}"
-        else:
-            with preserved(pipe):
-                record = to_stock_(model, call, name)
+def _saved_as(model: nn.Module, record: StockRecord | None) -> str:
+    """Which kind of model it became."""
     if record is None:
-        return f"{kind} with its plan in the config: import ld_pruner_hf before loading{why}"
+        return f"{type(model).__name__} with its plan in the config: import ld_pruner_hf before loading"
     entries = ", ".join(f"{k}={v}" for k, v in record.config.items())
-    return f"stock {kind} ({entries}): loads with plain diffusers"
+    return f"stock {type(model).__name__} ({entries}): loads with plain diffusers"
 
 
 def _forget_scores(pipe: DiffusionPipeline) -> None:

@@ -11,8 +11,13 @@ from typing import Any
 
 PLAN_FORMAT = "ld_pruner_hf.plan"
 FORMAT_VERSION = 1
+PLAN_VERSION = 2
+"""Of plans that have operators in `unused`; others are written as version 1."""
 
 RULES = ("identity", "zero", "adapt", "affine")
+
+SEVERAL = "+"
+"""Between the names of components, where scores or a plan are for several: "transformer+transformer_2"."""
 
 
 class PlanError(ValueError):
@@ -47,9 +52,10 @@ def check_format(data: Any, expected_format: str, where: str) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != expected_format:
         got = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise PlanError(f"{where}: got format {got!r}, expected {expected_format!r}")
-    if not isinstance(data.get("version"), int) or data["version"] > FORMAT_VERSION:
+    newest = PLAN_VERSION if expected_format == PLAN_FORMAT else FORMAT_VERSION
+    if not isinstance(data.get("version"), int) or data["version"] > newest:
         raise PlanError(
-            f"{where}: format version {data.get('version')!r}, this ld_pruner_hf reads up to {FORMAT_VERSION}; upgrade it"
+            f"{where}: format version {data.get('version')!r}, this ld_pruner_hf reads up to {newest}; upgrade it"
         )
     return data
 
@@ -271,6 +277,8 @@ class PruningPlan:
         modifications: in the order of the model's modules; none lies inside another.
         params_before: parameters of the model before pruning.
         how: free-form record of how the plan was made (criterion, k, settings).
+        unused: what goes out besides because nothing uses its results any more, such as the norm before an attention that
+            became zero. `prune` finds it; it changes no output, and does not count as an operator taken out.
     """
 
     component: str
@@ -279,9 +287,10 @@ class PruningPlan:
     modifications: tuple[Modification, ...]
     params_before: int = 0
     how: dict[str, Any] = field(default_factory=dict)
+    unused: tuple[Modification, ...] = ()
 
     def __post_init__(self) -> None:
-        paths = [m.path for m in self.modifications]
+        paths = [m.path for m in (*self.modifications, *self.unused)]
         if len(set(paths)) != len(paths):
             raise PlanError(f"plan: {sorted({p for p in paths if paths.count(p) > 1})} listed more than once")
         for path in paths:
@@ -303,11 +312,28 @@ class PruningPlan:
 
     @property
     def params_removed(self) -> int:
-        return sum(m.params_removed for m in self.modifications)
+        return sum(m.params_removed for m in (*self.modifications, *self.unused))
 
     @property
     def macs_removed(self) -> int:
         return sum(m.macs_removed for m in self.modifications)
+
+    def by_component(self) -> dict[str, PruningPlan]:
+        """component -> the plan for it alone. A plan for several components names the component in front of each path."""
+        if SEVERAL not in self.component:
+            return {self.component: self}
+
+        def part(name: str, modifications: Iterable[Modification]) -> tuple[Modification, ...]:
+            prefix = f"{name}."
+            return tuple(
+                replace(m, path=m.path.removeprefix(prefix)) for m in modifications if m.path.startswith(prefix)
+            )
+
+        plans = {
+            n: PruningPlan(n, "", "", part(n, self), how=self.how, unused=part(n, self.unused))
+            for n in self.component.split(SEVERAL)
+        }
+        return {name: plan for name, plan in plans.items() if len(plan)}
 
     def with_modifications(self, modifications: Iterable[Modification], **how: Any) -> PruningPlan:
         return replace(self, modifications=tuple(modifications), how={**self.how, **how})
@@ -347,6 +373,7 @@ class PruningPlan:
             self, component=self.component or other.component, model_class=self.model_class or other.model_class,
             architecture=self.architecture or other.architecture, modifications=tuple(kept),
             params_before=self.params_before or other.params_before, how={"merged": [self.how, other.how]},
+            unused=(),  # `prune` looks for them anew
         )  # fmt: skip
 
     def diff(self, other: PruningPlan) -> PlanDiff:
@@ -368,13 +395,14 @@ class PruningPlan:
     def to_dict(self) -> dict[str, Any]:
         return {
             "format": PLAN_FORMAT,
-            "version": FORMAT_VERSION,
+            "version": PLAN_VERSION if self.unused else FORMAT_VERSION,
             "component": self.component,
             "model_class": self.model_class,
             "architecture": self.architecture,
             "params_before": self.params_before,
             "how": self.how,
             "modifications": [m.to_dict() for m in self.modifications],
+            **({"unused": [m.to_dict() for m in self.unused]} if self.unused else {}),
         }
 
     @classmethod
@@ -389,6 +417,7 @@ class PruningPlan:
             modifications=tuple(Modification.from_dict(m) for m in data["modifications"]),
             params_before=int(data.get("params_before", 0)),
             how=dict(data.get("how", {})),
+            unused=tuple(Modification.from_dict(m) for m in data.get("unused", ())),
         )
 
     def save(self, path: str | os.PathLike) -> None:
@@ -408,6 +437,10 @@ class PruningPlan:
         for m in self.modifications:
             score = "" if m.score is None else f"  score {m.score:.4g}"
             lines.append(f"  {m.path:<{width}}  {m.kind} -> {m.stand_in.name}{score}")
+        if self.unused:
+            lines.append(
+                f"and {len(self.unused)} that nothing uses any more: {', '.join(m.path for m in self.unused)}"
+            )
         if "saved_as" in self.how:
             lines.append(f"saved as a {self.how['saved_as']}")
         return "\n".join(lines)

@@ -12,16 +12,25 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .latents import RecordedCall, find_denoiser, make_conditions, preserved, record_call
+from .latents import (
+    RecordedCall,
+    find_denoisers,
+    make_conditions,
+    preserved,
+    record_call,
+    steps_argument,
+)
 from .operators import find_operators, steps_argument_if_any
-from .plan import Modification, PlanError, PruningPlan, is_inside
+from .plan import SEVERAL, Modification, PlanError, PruningPlan, is_inside
 from .profiling import count_macs, peak_memory
 from .scores import CRITERIA, OperatorScore, OperatorScores, check_criterion
-from .scoring import check_joint, measure_damage, score_operators
+from .scoring import check_joint, measure_damage, process, score_operators
 from .selection import METHODS, SAVINGS, check_k, innermost, ratio, top_k
-from .surgery import architecture_of, check_replaceable, count_params
+from .surgery import architecture_of, check_replaceable, count_params, weights_of
 
 LAST_SCORES = "_ld_pruner_scores"
+LAST_CONDITION = "_ld_pruner_condition"
+"""The first condition of the last `score`: where `prune` is given none, one call with it says what nothing uses any more."""
 OPERATORS_ONLY = ("include", "exclude", "kinds", "standins", "effort", "resume_from", "on_cost")
 """Arguments of `score` that say which operators to score, and how to go on with it."""
 SCORING_ONLY = ("criterion", "pooled", "calibration", *OPERATORS_ONLY)
@@ -48,10 +57,49 @@ def plan_from(rows: list[OperatorScore], scores: OperatorScores, params_before: 
     )
 
 
-def score(pipe: DiffusionPipeline, conditions: Any = None, **kwargs: Any) -> OperatorScores:
-    """Score the operators of the pipeline's denoiser; see `score_operators`. `prune` uses the result if given no other."""
-    scores = score_operators(pipe, conditions, **kwargs)
+def score(
+    pipe: DiffusionPipeline, conditions: Any = None, *, component: str | None = None, **kwargs: Any
+) -> OperatorScores:
+    """Score the operators of the pipeline's denoiser; see `score_operators`. `prune` uses the result if given no other.
+
+    Where several components denoise (Wan 2.2's two transformers), all of them are scored, into one table that names the
+    component in front of each path.
+    """
+    names = denoisers_of(pipe, component, {**kwargs, "conditions": conditions})
+    if len(names) == 1:
+        scores = score_operators(pipe, conditions, component=names[0], **kwargs)
+    else:
+        scores = _score_several(pipe, names, conditions, **kwargs)
     setattr(pipe, LAST_SCORES, scores)
+    setattr(pipe, LAST_CONDITION, make_conditions(pipe, conditions, _call_arguments(kwargs))[0])
+    return scores
+
+
+def denoisers_of(pipe: DiffusionPipeline, component: str | None, score_kwargs: Mapping[str, Any]) -> list[str]:
+    """The components that `score` with these arguments scores; see `find_denoisers`."""
+    if component is not None:
+        return find_denoisers(pipe, component)
+    call = make_conditions(pipe, score_kwargs.get("conditions"), _call_arguments(score_kwargs))[0]
+    with preserved(pipe):
+        return find_denoisers(pipe, **steps_argument(pipe, score_kwargs.get("num_inference_steps")), **call)
+
+
+def _score_several(pipe: DiffusionPipeline, names: Sequence[str], conditions: Any, **kwargs: Any) -> OperatorScores:
+    """Each component by itself, with a file of its own to resume from; then all rows in one table, and one file."""
+    path = kwargs.pop("resume_from", None)
+    parts = {}
+    for name in names:
+        own = None if path is None else Path(path).with_stem(f"{Path(path).stem}-{name}")
+        parts[name] = score_operators(pipe, conditions, component=name, resume_from=own, **kwargs)
+    joint = component_of(pipe, SEVERAL.join(names))
+    scores = replace(
+        parts[names[0]],
+        rows=tuple(replace(row, path=f"{name}.{row.path}") for name in names for row in parts[name]),
+        architecture=architecture_of(joint), weights=weights_of(joint), component=SEVERAL.join(names),
+        model_class=SEVERAL.join(part.model_class for part in parts.values()),
+    )  # fmt: skip
+    if path is not None and not process()[0]:
+        scores.save(path)
     return scores
 
 
@@ -134,7 +182,7 @@ def make_plan(
             raise ValueError(
                 "scores: method 'rounds' scores anew in each round; leave them out, and pass the arguments of score instead"
             )
-    scores = _find_scores(pipe, k, scores, component, criterion, score_kwargs, reuse=goal.rounds == 1)
+    scores = _find_scores(pipe, goal, scores, component, criterion, score_kwargs)
     if criterion is not None:
         scores = scores.with_criterion(criterion)
     model = component_of(pipe, scores.component)
@@ -214,23 +262,27 @@ def _total(pipe: DiffusionPipeline, model: nn.Module, name: str, unit: str, scor
 
 def _find_scores(
     pipe: DiffusionPipeline,
-    k: int | None,
+    goal: Goal,
     scores: Any,
     component: str | None,
     criterion: str | None,
     score_kwargs: dict[str, Any],
-    reuse: bool,
 ) -> OperatorScores:
-    """The scores given, loaded, last made (`reuse`), or made now; they must be of this pipeline's model."""
+    """The scores given, loaded, last made (for a single round), or made now; they must be of this pipeline's model."""
     if isinstance(scores, (str, os.PathLike)):
         scores = OperatorScores.load(scores)
     if scores is None:
-        last: OperatorScores | None = getattr(pipe, LAST_SCORES, None) if reuse and not score_kwargs else None
+        last: OperatorScores | None = (
+            getattr(pipe, LAST_SCORES, None) if goal.rounds == 1 and not score_kwargs else None
+        )
         if last is not None and component in (None, last.component) and _fits(pipe, last):
             scores = last if criterion is None or criterion in last.criteria else None
     if scores is None:
-        if k is not None:
-            _check_reachable(pipe, k, component, score_kwargs)
+        names = denoisers_of(pipe, component, score_kwargs)
+        component = SEVERAL.join(names)
+        _check_several(goal, component)
+        if goal.unit == "operators":
+            _check_reachable(pipe, int(goal.amount), names, score_kwargs)
         how = {**score_kwargs, **({"criterion": criterion} if criterion else {})}
         scores = score(pipe, component=component, **how)
     if not isinstance(scores, OperatorScores):
@@ -239,6 +291,7 @@ def _find_scores(
         )
     if component is not None and component != scores.component:
         raise ValueError(f"component: got {component!r}, the scores are of {scores.component!r}")
+    _check_several(goal, scores.component)
     if not _fits(pipe, scores):
         model = component_of(pipe, scores.component)
         raise PlanError(
@@ -249,35 +302,51 @@ def _find_scores(
 
 
 def first_call(pipe: DiffusionPipeline, name: str, score_kwargs: dict[str, Any]) -> RecordedCall:
-    """The first denoiser call of a run with the call arguments among `score_kwargs`. Run it inside `preserved(pipe)`."""
-    first = make_conditions(pipe, score_kwargs.get("conditions"), _call_arguments(score_kwargs))[0]
+    """The first denoiser call of a run with the call arguments among `score_kwargs`, or those of the last `score` where there
+    are none. Run it inside `preserved(pipe)`."""
+    conditions, given = score_kwargs.get("conditions"), _call_arguments(score_kwargs)
+    if conditions is None and not given:
+        conditions = getattr(pipe, LAST_CONDITION, None)
+    first = make_conditions(pipe, conditions, given)[0]
     return record_call(pipe, name, {**steps_argument_if_any(pipe), **first})
 
 
 def component_of(pipe: DiffusionPipeline, name: str) -> nn.Module:
-    model = getattr(pipe, find_denoiser(pipe, name))
-    check_replaceable(model)
-    return model
+    """The component of that name; a `ModuleDict` of them for several."""
+    models = {n: getattr(pipe, n) for n in find_denoisers(pipe, name)}
+    for model in models.values():
+        check_replaceable(model)
+    return models[name] if name in models else nn.ModuleDict(models)
 
 
 def _fits(pipe: DiffusionPipeline, scores: OperatorScores) -> bool:
     return architecture_of(component_of(pipe, scores.component)) == scores.architecture
 
 
-def _check_reachable(pipe: DiffusionPipeline, k: int, component: str | None, score_kwargs: dict[str, Any]) -> None:
+def _check_several(goal: Goal, component: str) -> None:
+    """Raise ValueError for a goal that is measured in the calls of one component, where several are to be pruned together."""
+    if SEVERAL in component and (goal.unit != "operators" or goal.rounds > 1):
+        names = component.split(SEVERAL)
+        raise ValueError(
+            f"prune: {' and '.join(names)} denoise together; by a budget or in rounds they are pruned one at a time: name one, "
+            f"component={names[0]!r}, or say how many operators to take out of all"
+        )
+
+
+def _check_reachable(pipe: DiffusionPipeline, k: int, names: Sequence[str], score_kwargs: dict[str, Any]) -> None:
     """Raise ValueError before the long scoring if fewer than k operators can be taken out together."""
     filters = {
         name: score_kwargs[name] for name in ("include", "exclude", "kinds", "standins") if name in score_kwargs
     }
     call = make_conditions(pipe, score_kwargs.get("conditions"), _call_arguments(score_kwargs))[0]
-    operators = find_operators(
-        pipe, component=component, trial=False, latency=False, progress=False, **filters, **call
-    )
-    candidates = [o.path for o in operators if o.is_candidate]
-    check_k(k, len(innermost(candidates)))
+    reachable = 0
+    for name in names:
+        operators = find_operators(pipe, component=name, trial=False, latency=False, progress=False, **filters, **call)
+        reachable += len(innermost([o.path for o in operators if o.is_candidate]))
+    check_k(k, reachable)
 
 
-def _call_arguments(score_kwargs: dict[str, Any]) -> dict[str, Any]:
+def _call_arguments(score_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `score`'s arguments that go on to the pipeline's call."""
     own = inspect.signature(score_operators).parameters
     return {name: value for name, value in score_kwargs.items() if name not in own}

@@ -204,7 +204,8 @@ def score_operators(
             the result, change it later with `scores.with_criterion`. Or "output-error" (LAPTOP-Diff), "block-influence",
             "taylor", "magnitude" or "random" (see `criteria`), each measured alone.
         pooled: compare all latents as one set, instead of one set per condition summed up.
-        component: which model to score; default: the one that denoises.
+        component: which model to score; default: the one that denoises. `pipe.score` scores all that do, into one table with
+            the component in front of each path.
         include, exclude, kinds: restrict the operators, as in `find_operators`.
         standins: "all" or "paper", as in `find_operators`.
         seed: the first seed.

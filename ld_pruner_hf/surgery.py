@@ -183,11 +183,22 @@ def apply_plan_(model: nn.Module, plan: PruningPlan) -> PruningPlan:
     check_replaceable(model)
     check_plan(model, plan)
     before = count_params(model)
+    counted = replace_for_good_(model, (*plan, *plan.unused))
+    n = len(plan)
+    return replace(plan, modifications=counted[:n], unused=counted[n:], params_before=before)
+
+
+def replace_for_good_(model: nn.Module, modifications: Iterable[Modification]) -> tuple[Modification, ...]:
+    """Replace these operators; returns the modifications with the counts of what was removed.
+
+    Raises:
+        PlanError: a path that the model does not have; the model is then as it was.
+    """
     swaps, counted = [], []
-    for m in plan:
+    for m in modifications:
         operator = get_operator(model, m.path)
         stand_in = make_stand_in(model, operator, m)
         swaps.append((operator, stand_in))
         counted.append(replace(m, params_removed=count_params(operator) - count_params(stand_in)))
     replace_modules(model, swaps)
-    return replace(plan, modifications=tuple(counted), params_before=before)
+    return tuple(counted)

@@ -30,6 +30,14 @@ from transformers import (
 Built = tuple[Any, dict[str, Any]]
 
 FAMILIES: dict[str, Callable[[], Built]] = {}
+MORE: dict[str, Callable[[], Built]] = {}
+"""Those of `more_families.py`."""
+SEVERAL = {
+    "wan_2_2": ("transformer", "transformer_2"),
+    "kandinsky_combined": ("unet", "prior_prior"),
+    "cascade_combined": ("decoder", "prior_prior"),
+}
+"""Families with more than one denoiser."""
 
 
 def family(build: Callable[[], Built]) -> Callable[[], Built]:
@@ -37,10 +45,15 @@ def family(build: Callable[[], Built]) -> Callable[[], Built]:
     return build
 
 
+def further(build: Callable[[], Built]) -> Callable[[], Built]:
+    MORE[build.__name__] = build
+    return build
+
+
 def make(name: str) -> Built:
     """The pipeline of that family and the arguments of its call; the same weights each time."""
     torch.manual_seed(0)
-    pipe, call = FAMILIES[name]()
+    pipe, call = {**FAMILIES, **MORE}[name]()
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
@@ -242,7 +255,7 @@ def audioldm2() -> Built:
     unet = d.AudioLDM2UNet2DConditionModel(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=8, sample_size=32,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=[[8, 16], [8, 16]],
+        cross_attention_dim=[[None, 8, 16], [None, 8, 16]],
     )  # fmt: skip
     vocoder = SpeechT5HifiGan(
         SpeechT5HifiGanConfig(

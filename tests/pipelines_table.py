@@ -1,6 +1,7 @@
 """Score, prune, save and reload every pipeline class that can be built tiny; `python tests/pipelines_table.py` writes docs/pipelines.md.
 
-Besides the families of `families.py`, every class of diffusers that takes the components of one of them is tried.
+Besides the families of `families.py`, every class of diffusers that takes the components of one of them is tried. What was
+done is kept in `--state`; a killed run goes on there.
 """
 
 from __future__ import annotations
@@ -11,27 +12,31 @@ import json
 import platform
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import families
+import more_families  # noqa: F401
 import torch
 
 import ld_pruner_hf
 from ld_pruner_hf import Modification, PruningPlan
-from ld_pruner_hf.latents import final_latents, preserved, steps_argument
+from ld_pruner_hf.latents import final_latents, preserved
 from ld_pruner_hf.operators import steps_argument_if_any
 from ld_pruner_hf.plan import is_inside
+from ld_pruner_hf.planning import denoisers_of
 from ld_pruner_hf.surgery import architecture_of, count_params
 
 KS = (1, 3)
 SCORED = 5
 """Operators that are scored per pipeline; the smallest ones, spread over the denoiser."""
+
+
+UNLOADED = "was not loaded again yet"
 
 
 @dataclass
@@ -60,6 +65,10 @@ def latents(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
         return final_latents(pipe, {**call, **steps_argument_if_any(pipe)}, [0])
 
 
+def steps_of(pipe: Any) -> int | None:
+    return 2 if steps_argument_if_any(pipe) else None
+
+
 def spread(items: list[Any], n: int) -> list[Any]:
     return [items[i * len(items) // n] for i in range(min(n, len(items)))]
 
@@ -71,6 +80,7 @@ def prune_and_save(build: Callable[[], families.Built], folder: Path, component:
         AssertionError: pruning did not do what the plan says.
     """
     pipe, call = build()
+    component = component or denoisers_of(pipe, None, {"conditions": [call], "num_inference_steps": steps_of(pipe)})[0]
     row = Row(type(pipe).__name__)
     original = latents(pipe, call)
     operators = ld_pruner_hf.find_operators(pipe, component=component, latency=False, progress=False, **call)
@@ -79,7 +89,7 @@ def prune_and_save(build: Callable[[], families.Built], folder: Path, component:
     inner = [o for o in candidates if not any(is_inside(other.path, o.path) for other in candidates)]
     scores = pipe.score(
         conditions=[call], component=component, include=[o.path for o in spread(inner, SCORED)], seeds=1,
-        num_inference_steps=next(iter(steps_argument(pipe, 2).values())) if steps_argument_if_any(pipe) else None,
+        num_inference_steps=steps_of(pipe),
     )  # fmt: skip
     row.component, row.denoiser = scores.component, scores.model_class
     assert all(r.error is None for r in scores.rows), [r.error for r in scores.rows]
@@ -106,9 +116,22 @@ def prune_and_save(build: Callable[[], families.Built], folder: Path, component:
     return row
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal but for rounding: weights that diffusers maps from a file may lie at addresses where kernels round differently."""
     return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def load(folder: str) -> Any:
+    """The pipeline that is saved in `folder`; what diffusers cannot load by the name that it saves itself is put in afterwards."""
+    index = json.loads((Path(folder) / "model_index.json").read_text())
+    kind = getattr(diffusers, index["_class_name"])
+    entries = {k: v for k, v in index.items() if isinstance(v, list)}
+    nameless = [k for k, (library, name) in entries.items() if library == "diffusers" and not hasattr(diffusers, name)]
+    absent = [k for k, v in entries.items() if v[0] is None]  # asked for by name
+    pipe = kind.from_pretrained(folder, **dict.fromkeys([*absent, *nameless]))
+    types = kind._get_signature_types()
+    pipe.register_modules(**{k: types[k][0].from_pretrained(folder, subfolder=k) for k in nameless})
+    return families.tiny.quiet(pipe)
 
 
 def reload(folders: list[str]) -> dict[str, str | None]:
@@ -117,12 +140,8 @@ def reload(folders: list[str]) -> dict[str, str | None]:
     for folder in folders:
         expected = torch.load(f"{folder}.pt", weights_only=False)
         try:
-            index = json.loads((Path(folder) / "model_index.json").read_text())
-            absent = {k: None for k, v in index.items() if isinstance(v, list) and v[0] is None}  # asked for by name
-            kind = getattr(diffusers, index["_class_name"])
-            pipe = families.tiny.quiet(kind.from_pretrained(folder, **absent))
-            got = latents(pipe, expected["call"])
-            found[folder] = None if _same(got, expected["latents"]) else "other latents after reloading"
+            got = latents(load(folder), expected["call"])
+            found[folder] = None if same(got, expected["latents"]) else "other latents after reloading"
         except Exception as error:
             found[folder] = f"reload: {explain(error)}"
     return found
@@ -153,28 +172,40 @@ EXTRAS: dict[str, Callable[[], Any]] = {
 """Arguments that a family's own call does not have."""
 
 
-def pipeline_classes() -> dict[str, type]:
-    """All pipeline classes that diffusers exports."""
+def pipeline_classes() -> dict[str, Any]:
+    """All pipeline classes that diffusers exports, those included that stand for one whose packages are missing."""
     found = {}
     for name in sorted(n for n in dir(diffusers) if n.endswith(("Pipeline", "PipelineV2"))):
-        try:
-            kind = getattr(diffusers, name)
-        except Exception:
+        kind = getattr(diffusers, name)
+        if name == "DiffusionPipeline" or name.startswith(("AutoPipeline", "Flax", "Onnx")):
             continue
-        if inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline):
+        if inspect.isclass(kind) and (hasattr(kind, "_backends") or issubclass(kind, diffusers.DiffusionPipeline)):
             found[name] = kind
-    return {
-        n: k
-        for n, k in found.items()
-        if k is not diffusers.DiffusionPipeline and not n.startswith(("Auto", "Flax", "Onnx"))
-    }
+    return found
+
+
+def why_not(kind: Any, known: set[str]) -> str:
+    """Why nothing tiny of this class is built, from what its constructor takes.
+
+    Args:
+        known: names of the component classes that tiny ones are built of.
+    """
+    if hasattr(kind, "_backends"):
+        return f"needs the packages {', '.join(kind._backends)}"
+    components = inspect.signature(kind.__init__).parameters
+    if not any("scheduler" in name for name in components):
+        return "has no scheduler, so nothing denoises"
+    types = [[t for t in v if inspect.isclass(t)] for v in kind._get_signature_types().values()]
+    models = [[t.__name__ for t in kinds if issubclass(t, torch.nn.Module)] for kinds in types]
+    new = [names[0] for names in models if names and not known & set(names) and hasattr(diffusers, names[0])]
+    return f"no tiny {', '.join(new)} is built yet" if new else "no tiny one is built yet"
 
 
 def takes(kind: Any, components: dict[str, Any]) -> bool:
     """Can the class be made of these components, each of the type that it names?"""
     needed, _ = kind._get_signature_keys(kind)
     types = kind._get_signature_types()
-    if not needed - {"self"} <= components.keys():
+    if not set(needed) - {"self"} <= components.keys():
         return False
     present = {k: v for k, v in components.items() if v is not None}
     if any(isinstance(v, torch.nn.Module) and k not in types for k, v in present.items() if k != "image_encoder"):
@@ -190,7 +221,7 @@ def variants(name: str, done: set[str]) -> Iterator[tuple[str, Callable[[], fami
     """Other classes that the components of a family make, with a call of what they take."""
     pipe, _ = families.make(name)
     for label, kind in pipeline_classes().items():
-        if label in done or not takes(kind, pipe.components):
+        if label in done or hasattr(kind, "_backends") or not takes(kind, pipe.components):
             continue
 
         def build(kind: Any = kind) -> families.Built:
@@ -207,6 +238,7 @@ def variants(name: str, done: set[str]) -> Iterator[tuple[str, Callable[[], fami
 def attempt(label: str, build: Callable[[], families.Built], folder: Path, component: str | None = None) -> Row:
     try:
         pipe, call = build()
+        label = type(pipe).__name__
         latents(pipe, call)
     except Exception as error:
         return Row(label, reason=f"the tiny one does not run unpruned ({explain(error)})")
@@ -217,65 +249,96 @@ def attempt(label: str, build: Callable[[], families.Built], folder: Path, compo
         return Row(label, reason=explain(error))
 
 
-def family_rows(folder: Path) -> list[Row]:
-    rows = [attempt(name, lambda name=name: families.make(name), folder / name) for name in families.FAMILIES]
-    return [*rows, attempt("WanPipeline", lambda: families.make("wan_2_2"), folder / "second", "transformer_2")]
+class State:
+    """What a run has done so far: rows, and what loading their folders in a fresh process gave, each in a file that grows."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.rows_file, self.reloads_file = folder, folder / "rows.jsonl", folder / "reloads.jsonl"
+
+    def _read(self, file: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def rows(self) -> dict[str, Row]:
+        """key -> row, with what is wrong after loading in a fresh process."""
+        wrong = {k: v for d in self._read(self.reloads_file) for k, v in d.items()}
+        rows = {d["key"]: Row(**d["row"]) for d in self._read(self.rows_file)}
+        for row in rows.values():
+            row.reason = row.reason or next((w for f in row.folders if (w := wrong.get(f, UNLOADED))), None)
+        return rows
+
+    def add(self, key: str, row: Row) -> None:
+        with self.rows_file.open("a") as file:
+            file.write(json.dumps({"key": key, "row": asdict(row)}) + "\n")
+
+    def reload(self, batch: int = 60) -> None:
+        """Load all folders that were not loaded yet, `batch` of them in a process."""
+        done = {k for d in self._read(self.reloads_file) for k in d}
+        todo = [f for row in self.rows().values() for f in row.folders if f not in done]
+        for i in range(0, len(todo), batch):
+            with self.reloads_file.open("a") as file:
+                file.write(json.dumps(reload_in_fresh_process(todo[i : i + batch])) + "\n")
 
 
-def variant_rows(folder: Path, done: set[str]) -> Iterator[Row]:
-    """One row per class that works, and per class that does not with the components of any family."""
-    failed: dict[str, Row] = {}
-    for name in families.FAMILIES:
+def run(state: State) -> None:
+    """Do what the state lacks: first the families, then every class that their components make."""
+    rows, names = state.rows(), [*families.FAMILIES, *families.MORE]
+    for name in names:
+        for component in families.SEVERAL.get(name, (None,)):
+            key = f"{name}:{component}" if component else name
+            if key not in rows:
+                folder = state.folder / key.replace(":", "-")
+                state.add(key, attempt(name, lambda name=name: families.make(name), folder, component))
+    tried = {key for key in state.rows() if "/" in key}
+    for name in names:
+        state.reload()
+        done = {row.pipeline for row in state.rows().values() if row.reason is None}
         for label, build in variants(name, done):
-            row = attempt(label, build, folder / label)
-            if row.reason is None:
-                done.add(label)
-                failed.pop(label, None)
-                yield row
-            else:
-                failed.setdefault(label, row)
-    yield from failed.values()
-
-
-def check_reloading(rows: list[Row]) -> list[Row]:
-    """The rows with what is wrong after loading in a fresh process."""
-    wrong = reload_in_fresh_process([f for row in rows for f in row.folders])
-    for row in rows:
-        row.reason = row.reason or next((str(wrong[f]) for f in row.folders if wrong[f]), None)
-    return rows
+            if f"{name}/{label}" not in tried:
+                state.add(f"{name}/{label}", attempt(label, build, state.folder / name / label))
+    state.reload()
 
 
 def markdown(rows: list[Row]) -> str:
-    total, worked = len(pipeline_classes()), [r for r in rows if r.reason is None]
+    classes = pipeline_classes()
+    worked = [r for r in rows if r.reason is None]
+    names = {r.pipeline for r in worked}
+    reasons = {r.pipeline: str(r.reason) for r in reversed(rows) if r.reason is not None and r.pipeline not in names}
+    made = [families.make(name)[0].components for name in (*families.FAMILIES, *families.MORE)]
+    parts = [part for components in made for part in components.values()]
+    known = {kind.__name__ for part in parts for kind in type(part).__mro__} - {"object", "Module"}
+    for name, kind in classes.items():
+        if name not in names and name not in reasons:
+            can = not hasattr(kind, "_backends") and any(takes(kind, components) for components in made)
+            reasons[name] = "not tried yet" if can else why_not(kind, known)
     lines = [
-        "# Pipelines that were tried",
+        "# Pipelines",
         "",
         f"Made by `python tests/pipelines_table.py` with diffusers {diffusers.__version__}, torch {torch.__version__}, one CPU "
-        f"thread, Python {platform.python_version()}. Every pipeline here has tiny random weights. Some of its operators were scored "
-        "over two steps; it was pruned by k, and two of its outermost operators were taken out at once; each result was run, "
-        "saved and loaded in a fresh process, where the final latents have to be equal to the last bit.",
+        f"thread, Python {platform.python_version()}. Every pipeline here has tiny random weights. Some of its operators were "
+        "scored over two steps; it was pruned by k, and two of its outermost operators were taken out at once; each result was "
+        "run, saved and loaded in a fresh process, where the final latents have to be the same up to rounding.",
         "",
-        f"{len({r.pipeline for r in worked})} of the {total} pipeline classes that diffusers exports work. For the classes that "
-        "are not in these tables nothing tiny has been built yet: nothing is known about them.",
+        f"**{len(names)} of the {len(classes)} pipeline classes that diffusers exports do all of this.** Below are the others, with "
+        "the reason.",
         "",
         "| Pipeline | Denoiser | Modules | Candidates | k | Blocks |",
         "|---|---|--:|--:|---|--:|",
     ]
-    for r in sorted(worked, key=lambda r: (r.pipeline, r.component)):
+    for _, r in sorted({(r.pipeline, r.component): r for r in reversed(worked)}.items()):
         ks = ", ".join(map(str, r.ks))
         lines.append(
             f"| {r.pipeline} | {r.component}: {r.denoiser} | {r.operators} | {r.candidates} | {ks} | {r.blocks} |"
         )
-    failed = sorted((r for r in rows if r.reason), key=lambda r: r.pipeline)
-    if failed:
-        lines += ["", "## Tried without success", "", "| Pipeline | Reason |", "|---|---|"]
-        lines += [f"| {r.pipeline} | {str(r.reason).replace('|', '/')} |" for r in failed]
+    lines += ["", "## Not pruned here", "", "| Pipeline | Reason |", "|---|---|"]
+    lines += [f"| {name} | {reason.replace('|', '/')} |" for name, reason in sorted(reasons.items())]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/pipelines.md"))
+    parser.add_argument("--state", type=Path, default=Path("build/pipelines"), help="folder of what is done already")
     parser.add_argument(
         "--reload", action="store_true", help="read folders from stdin and say which give other latents"
     )
@@ -286,12 +349,9 @@ def main() -> None:
     if options.reload:
         print(json.dumps(reload(json.load(sys.stdin))))
         return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rows = check_reloading(family_rows(folder))
-        options.output.write_text(markdown(rows), encoding="utf-8")
-        rows += check_reloading(list(variant_rows(folder, {row.pipeline for row in rows})))
-        options.output.write_text(markdown(rows), encoding="utf-8")
+    state = State(options.state.resolve())
+    run(state)
+    options.output.write_text(markdown(list(state.rows().values())), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import families
+import more_families  # noqa: F401
 import pipelines_table
 import pytest
 import torch
@@ -11,17 +12,11 @@ import ld_pruner_hf
 from ld_pruner_hf.latents import RecordedCall
 from ld_pruner_hf.profiling import run
 
-DENOISERS = {"wan_2_2": ("transformer", "transformer_2")}
-BROKEN = {
-    "audioldm2": "the tiny projection of its two text encoders does not fit yet",
-    "cascade_decoder": "diffusers cannot load PaellaVQModel by the name that it saves, pruned or not",
-}
+NAMES = [*families.FAMILIES, "ace_step", "kandinsky_combined", "flux2", "z_image"]
 
 
-@pytest.mark.parametrize(("name", "component"), [(n, c) for n in families.FAMILIES for c in DENOISERS.get(n, (None,))])
-def test_family(name, component, tmp_path, request):
-    if name in BROKEN:
-        request.applymarker(pytest.mark.xfail(reason=BROKEN[name], strict=True))
+@pytest.mark.parametrize(("name", "component"), [(n, c) for n in NAMES for c in families.SEVERAL.get(n, (None,))])
+def test_family(name, component, tmp_path):
     row = pipelines_table.prune_and_save(lambda: families.make(name), tmp_path, component)
     assert row.ks == list(pipelines_table.KS) and row.blocks and row.candidates >= 20
     assert component in (None, row.component)
@@ -67,6 +62,50 @@ def test_a_plan_is_applied_though_the_pipeline_cannot_be_called_without_its_embe
         ld_pruner_hf.surgery.architecture_of(model),
         (ld_pruner_hf.Modification(block.path, block.kind, block.stand_ins[0]),),
     )
-    assert "not tried as a stock config" in pipe.prune(plan).how["saved_as"]
+    assert "neither tried as a stock config" in pipe.prune(plan).how["saved_as"]
     pipe, call = families.make("flux")
     assert pipe.prune(plan, **call).how["saved_as"].startswith("stock FluxTransformer2DModel (num_layers=1)")
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking"), [("sd_inpaint", "mask_image"), ("sd_controlnet", "image"), ("sd3", "pooled_prompt_embeds"), ("svd", "image")]
+)  # fmt: skip
+def test_without_conditions_the_error_lists_the_arguments_that_are_needed(name, lacking):
+    pipe, _ = families.make(name)
+    with pytest.raises(ValueError, match=rf"{type(pipe).__name__}.*{lacking}.*pass .*conditions=\[{{...}}, ...\]"):
+        pipe.score()
+
+
+def test_two_denoisers_are_scored_and_pruned_together(tmp_path):
+    pipe, call = families.make("wan_2_2")
+    attentions = {"kinds": "WanAttention", "num_inference_steps": 2, "seeds": 1}
+    scores = pipe.score(conditions=[call], resume_from=tmp_path / "scores.jsonl", **attentions)
+    assert scores.component == "transformer+transformer_2"
+    assert len(scores) == 16 and {row.path.partition(".")[0] for row in scores} == {"transformer", "transformer_2"}
+    assert ld_pruner_hf.OperatorScores.load(tmp_path / "scores.jsonl") == scores
+    alone = families.make("wan_2_2")[0].score(conditions=[call], component="transformer_2", **attentions)
+    assert [r.score() for r in scores][8:] == [r.score() for r in alone]
+
+    plan = pipe.prune(7)
+    lowest = [row.path for row in scores.ranked()[:7]]
+    assert sorted(plan.paths) == sorted(lowest)
+    for name in ("transformer", "transformer_2"):
+        mine = sorted(p.removeprefix(f"{name}.") for p in lowest if p.startswith(f"{name}."))
+        assert sorted(ld_pruner_hf.plan_of(getattr(pipe, name)).paths) == mine
+    plan.save(tmp_path / "plan.json")
+    other, _ = families.make("wan_2_2")
+    assert other.prune(str(tmp_path / "plan.json"), **call).params_removed == plan.params_removed
+    assert torch.equal(pipelines_table.latents(other, call), pipelines_table.latents(pipe, call))
+    with pytest.raises(ValueError, match="denoise together"):
+        families.make("wan_2_2")[0].prune(macs=0.1, conditions=[call], **attentions)
+
+
+def test_prior_and_decoder_are_found():
+    pipe, call = families.make("kandinsky_combined")
+    kinds = {"kinds": "Attention", "num_inference_steps": 1, "seeds": 1}
+    assert set(pipe.score(conditions=[call], **kinds).component.split("+")) == {"unet", "prior_prior"}
+
+
+def test_helpers_of_the_denoiser_are_no_denoisers():
+    pipe, call = families.make("sd_controlnet")
+    assert pipe.score(conditions=[call], num_inference_steps=1, seeds=1, kinds="Downsample2D").component == "unet"

@@ -19,7 +19,7 @@ LEVELS = {
     "watching": 4, "stock": 4, "fitting": 4, "trajectory": 4, "measurements": 4, "remote_code": 4, "reuse": 4,
     "evaluation.generation": 4, "evaluation.speed": 4,
     "operators": 5, "ip_adapter": 5, "criteria": 5, "linear": 5, "presets": 5, "distillation": 5, "evaluation.run": 5,
-    "features": 6, "effort": 6,
+    "features": 6, "effort": 6, "unused": 6,
     "scoring": 7, "evaluation": 7,
     "additivity": 8, "lora": 8, "planning": 8, "report": 8,
     "pipeline": 9, "cards": 9,

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ld_pruner_hf import Modification, Operator, OutputRule, PlanError, PruningPlan, StandInSpec
-from ld_pruner_hf.plan import FORMAT_VERSION, check_format, is_inside, read_json, write_atomically
+from ld_pruner_hf.plan import PLAN_VERSION, check_format, is_inside, read_json, write_atomically
 
 CONV = OutputRule("hidden_states", 0, "adapt", (), 1, 32, 64, (-2, -2))
 IDENTITY = OutputRule("sample", 1, "identity", (0, 1))
@@ -105,7 +105,7 @@ def test_damaged_plans_are_refused(tmp_path):
         (good[:-40], "truncated or damaged"),
         ("[1]", "got format 'list'"),
         (json.dumps({"format": "other", "version": 1}), "got format 'other'"),
-        (json.dumps({**json.loads(good), "version": FORMAT_VERSION + 1}), "upgrade it"),
+        (json.dumps({**json.loads(good), "version": PLAN_VERSION + 1}), "upgrade it"),
         (json.dumps({**json.loads(good), "modifications": 3}), "expected a list 'modifications'"),
         (json.dumps({**json.loads(good), "modifications": [{"path": "a", "kind": "b", "stand_in": 5}]}), "'rules'"),
     ]:

@@ -180,7 +180,7 @@ def dit() -> DiTPipeline:
 def snapshot(pipe: Any) -> dict[str, Any]:
     """Everything that scoring must leave as it was, in comparable form."""
     state: dict[str, Any] = {
-        "attributes": {k: id(v) for k, v in vars(pipe).items() if k != "_ld_pruner_scores"},
+        "attributes": {k: id(v) for k, v in vars(pipe).items() if not k.startswith("_ld_pruner_")},
         "scheduler": copy.deepcopy(vars(pipe.scheduler)),
         "scheduler class": {k: v for k, v in vars(type(pipe.scheduler)).items() if k != "__slotnames__"},
         "torch random state": torch.get_rng_state(),

@@ -74,7 +74,9 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
         metavar="PIPELINE",
         help="a pipeline's folder, a Hub id (org/model), or one that ships: demo:emoji, demo:clothing, demo:digits",
     )
-    parser.add_argument("--component", metavar="C", help="which of its models; default: the one that denoises")
+    parser.add_argument(
+        "--component", metavar="C", help="which of its models; default: what denoises (a+b for several)"
+    )
     add_call(parser)
 
 

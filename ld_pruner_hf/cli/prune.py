@@ -10,7 +10,7 @@ from ..latents import find_denoiser, make_conditions
 from ..loading import is_repo_id, load_pipeline, load_plan
 from ..measurements import measured
 from ..pipeline import check_goals, profile, prune
-from ..plan import PlanError, PruningPlan
+from ..plan import SEVERAL, PlanError, PruningPlan
 from ..planning import SCORING_ONLY
 from ..presets import PRESETS
 from ..scores import OperatorScores
@@ -96,10 +96,10 @@ def run(args: argparse.Namespace) -> None:
     call = {"prompt": how["conditions"][0]} if how["conditions"] else {}
     call |= call_arguments(args)
     chosen = args.component or (target.component if isinstance(target, PruningPlan) else None) or None
-    component = find_denoiser(pipe, chosen, **make_conditions(pipe, None, call)[0])
+    component = chosen.split(SEVERAL)[0] if chosen else find_denoiser(pipe, **make_conditions(pipe, None, call)[0])
     measuring = {"component": component, "repeats": args.repeats, **call}
     before = profile(pipe, **measuring)
-    done = prune(pipe, target, criterion=args.criterion, component=component, fit=args.fit, **goals, **how)
+    done = prune(pipe, target, criterion=args.criterion, component=chosen, fit=args.fit, **goals, **how)
     after = profile(pipe, **measuring)
     base = args.pipeline if is_repo_id(args.pipeline) and not Path(args.pipeline).exists() else None
     save_into(pipe, folder, done, measured(component, before, after, call, base))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..loading import load_pipeline
 from ..pipeline import score
+from ..planning import denoisers_of
 from ..scores import CRITERIA
 from ..scoring import ScoringCost, process, score_cost
 from .common import ROWS_FILE, add_pipeline, add_scoring, scoring_arguments, slug
@@ -30,7 +31,8 @@ def run(args: argparse.Namespace) -> None:
     how = {**scoring_arguments(args), "component": args.component, "criterion": args.criterion or CRITERIA[0]}
     pipe = load_pipeline(args.pipeline, args.dtype, args.device)
     if args.dry_run:
-        print(score_cost(pipe, **how))
+        for component in denoisers_of(pipe, args.component, how):
+            print(f"{component}: {score_cost(pipe, **{**how, 'component': component})}")
         return
     rank, processes = process()
     if rank:  # the first process speaks for all

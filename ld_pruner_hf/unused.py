@@ -1,0 +1,89 @@
+"""Operators whose results nothing uses any more once others are taken out: the norm before an attention that became zero.
+
+They are found by data flow, not by class: in a backward pass through one call no gradient path leads to their outputs. Taking
+them out as well changes no bit of the output, and saves their weights and their time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from .latents import RecordedCall
+from .operators import on_meta
+from .plan import Modification, StandInSpec, is_inside
+from .profiling import run
+from .replacements import StandIn
+from .surgery import applied
+from .watching import watch_call
+
+
+def _floats(value: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def unread_modules(model: nn.Module, call: RecordedCall) -> set[str]:
+    """Paths of the modules that run in the call and on whose outputs none of the model's outputs depends.
+
+    The model runs on the `meta` device where it can, without memory, else as it is. Empty if it cannot be differentiated.
+    """
+    outputs: dict[str, list[torch.Tensor]] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        return lambda _, args, output: outputs.setdefault(path, []).extend(_floats(output))
+
+    handles = [module.register_forward_hook(keep(path)) for path, module in model.named_modules() if path]
+    try:
+        with torch.enable_grad():
+            tracked = call.mapped(lambda t: t.detach().requires_grad_().clone() if t.is_floating_point() else t)
+            try:
+                result = on_meta(model, tracked)()
+            except Exception:  # reads values, which `meta` tensors do not have
+                outputs.clear()
+                result = run(model, tracked)
+    except Exception:  # cannot be differentiated, as quantized weights cannot: nothing is known
+        return set()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [(path, t) for path, ts in outputs.items() for t in ts]
+    unknown = {path for path, t in found if not t.requires_grad}  # of constants nothing can be said
+    found = [(path, t) for path, t in found if t.requires_grad]
+    ends = [t for t in _floats(result) if t.requires_grad]
+    gradients = torch.autograd.grad(ends, [t for _, t in found], [torch.ones_like(t) for t in ends], allow_unused=True)
+    read = {path for (path, _), gradient in zip(found, gradients, strict=True) if gradient is not None}
+    return {path for path, _ in found} - read - unknown
+
+
+def find_unused(model: nn.Module, call: RecordedCall, before: set[str]) -> list[Modification]:
+    """What else can go out of a pruned model with the output of the call the same to the last bit; the outermost modules in
+    which nothing was replaced.
+
+    Args:
+        before: `unread_modules` of the model before it was pruned; these stay, other calls may use them.
+    """
+    unread = unread_modules(model, call) - before
+    if not unread:
+        return []
+    seen = watch_call(model, call)
+    found: list[Modification] = []
+    for path, module in model.named_modules():
+        if path not in unread or path not in seen or any(is_inside(path, m.path) for m in found):
+            continue
+        if not (specs := seen[path].specs) or any(isinstance(inner, StandIn) for inner in module.modules()):
+            continue
+        rules = tuple(rule if rule.rule == "identity" else replace(rule, rule="zero") for rule in specs[0].rules)
+        found.append(Modification(path, type(module).__name__, StandInSpec(rules, specs[0].structure)))
+    return found if found and _changes_nothing(model, call, found) else []
+
+
+def _changes_nothing(model: nn.Module, call: RecordedCall, modifications: list[Modification]) -> bool:
+    expected = _floats(run(model, call))
+    with applied(model, modifications):
+        got = _floats(run(model, call))
+    return len(got) == len(expected) and all(map(torch.equal, got, expected))
