@@ -123,6 +123,7 @@ def linear_run(
                             later[p].append((t, leaf.grad))
                         leaf.grad = None
                     for n, product in products.items():
+                        assert isinstance(n, int)
                         squares[n, i] += (product.cpu() @ owners[i]).square() / probes
     squares[sorted(watcher.failed)] = float("nan")
     return LinearRun(squares, graph.moments(), around, gains, owners)
