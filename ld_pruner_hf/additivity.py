@@ -15,18 +15,24 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .plan import Modification, is_inside, write_atomically
-from .scores import OperatorScore, OperatorScores
+from .scores import NORMS, OperatorScore, OperatorScores, combined
 from .scoring import damage_meter
 
 
 @dataclass(frozen=True)
 class JointDamage:
-    """One set of operators: `predicted` is the sum of their scores, `measured` what they do together; both in its units."""
+    """One set of operators.
+
+    Attributes:
+        predicted: what their scores say that they do together (`scores.combined`). measured: what they do.
+        total: the plain sum of the scores. All in units of the score.
+    """
 
     size: int
     predicted: float
     measured: float
     paths: tuple[str, ...]
+    total: float
 
     @property
     def ratio(self) -> float:
@@ -63,21 +69,28 @@ class Additivity:
         return groups
 
     def to_csv(self, path: str | os.PathLike) -> None:
-        """One line a set: size, predicted, measured, and the paths, separated by blanks."""
+        """One line a set: size, predicted, measured, plain sum, and the paths, separated by blanks."""
         out = io.StringIO()
-        writer = csv.DictWriter(out, ["size", "predicted", "measured", "paths"], lineterminator="\n")
+        writer = csv.DictWriter(out, ["size", "predicted", "measured", "total", "paths"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(one) | {"paths": " ".join(one.paths)} for one in self.sets)
         write_atomically(path, out.getvalue())
 
     def __str__(self) -> str:
-        lines = ["size  sets  measured / predicted (median, lowest, highest)  rank correlation"]
+        how = "root of the sum of squares" if self.criterion in NORMS else "sum of scores"
+        lines = [
+            f"predicted: {how}",
+            "size  sets  measured / predicted (median, lowest, highest)  measured / sum  rank correlation",
+        ]
         correlations = self.rank_correlations
         for size, sets in self._by_size().items():
             ratios = [one.ratio for one in sets]
             middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
             rho = f"{correlations[size]:.3f}" if size in correlations else "-"
-            lines.append(f"{size:>4}  {len(sets):>4}  {middle:>20.3f}  {low:>10.3f}  {high:>10.3f}  {rho:>16}")
+            plain = statistics.median(one.measured / one.total if one.total else float("nan") for one in sets)
+            lines.append(
+                f"{size:>4}  {len(sets):>4}  {middle:>20.3f}  {low:>10.3f}  {high:>10.3f}  {plain:>14.3f}  {rho:>16}"
+            )
         lines.append(
             f"rank correlation of predicted and measured {self.criterion} over all: {self.rank_correlation:.3f}"
         )
@@ -119,7 +132,7 @@ def measure_additivity(
     progress: bool = True,
     **how: Any,
 ) -> Additivity:
-    """Take random sets of operators out together and compare what they do with the sum of their scores.
+    """Take random sets of operators out together and compare what they do with what their scores predict.
 
     Args:
         scores: of this pipeline. conditions, how: as they were for `score_operators` when the scores were made.
@@ -150,8 +163,9 @@ def measure_additivity(
     with damage_meter(pipe, conditions, criterion=scores.criterion, **how) as measure:
         _check_reproduced(rows[0], measure(_modifications(rows[:1])), scores.criterion)
         for one in tqdm(drawn, desc="joint damage", unit="set", disable=not progress):
-            predicted = sum(row.score(scores.criterion) for row in one)
-            found.append(JointDamage(len(one), predicted, measure(_modifications(one)), tuple(r.path for r in one)))
+            single = [row.score(scores.criterion) for row in one]
+            predicted, paths = combined(scores.criterion, single), tuple(row.path for row in one)
+            found.append(JointDamage(len(one), predicted, measure(_modifications(one)), paths, sum(single)))
     return Additivity(scores.criterion, tuple(found))
 
 

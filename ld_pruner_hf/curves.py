@@ -106,7 +106,7 @@ def additivity_figure(found: Additivity, theme: str = "light") -> Any:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel(f"predicted: sum of single scores ({found.criterion})", color=look["ink"], fontsize=10)
+    axes.set_xlabel(f"predicted from single scores ({found.criterion})", color=look["ink"], fontsize=10)
     axes.set_ylabel("measured: all taken out together", color=look["ink"], fontsize=10)
     axes.set_title(f"rank correlation {found.rank_correlation:.2f}", color=look["ink"], fontsize=11)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8, labelcolor=look["ink"])

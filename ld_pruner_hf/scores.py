@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,21 @@ MEASURED_ALONE = {
 
 CRITERIA = (*LATENT_SHIFT, *MEASURED_ALONE)
 """What operators can be ranked by; see docs/scoring.md."""
+
+
+NORMS = ("latent-shift", "latent-shift-mean", "latent-shift-std")
+"""Criteria that are distances. What several operators do adds up in their squares, as independent disturbances do [ours]."""
+
+
+def additive(criterion: str, score: float) -> float:
+    """What adds up over operators: the score, or its square where the criterion is a distance."""
+    return score * score if criterion in NORMS else score
+
+
+def combined(criterion: str, scores: Iterable[float]) -> float:
+    """What several operators do together, as far as single scores tell; in units of the score."""
+    total = math.fsum(additive(criterion, score) for score in scores)
+    return math.sqrt(total) if criterion in NORMS else total
 
 
 def check_criterion(criterion: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 import numpy as np
 
 from .plan import is_inside
-from .scores import OperatorScore, OperatorScores
+from .scores import OperatorScore, OperatorScores, additive
 
 SAVINGS: dict[str, Callable[[OperatorScore], float]] = {
     "params": lambda row: row.params_removed,
@@ -106,19 +106,16 @@ def _lost(leaves: set[str], path: str) -> int:
 def _usable(
     scores: OperatorScores, unit: str, criterion: str | None
 ) -> tuple[list[OperatorScore], list[float], list[float]]:
-    """(rows, savings, scores) of the rows that save something; several rows of one path are its stand-ins."""
+    """(rows, savings, damages that add up) of the rows that save something; several rows of one path are its stand-ins."""
     if unit not in SAVINGS:
         raise ValueError(f"budget: got unit {unit!r}, expected one of {list(SAVINGS)}")
     if unit == "latency" and all(row.latency_share is None for row in scores):
         raise ValueError(
             "budget: the scores hold no latency (they were made on `meta`); score on a real device, or use macs"
         )
-    rows = [
-        r
-        for r in scores
-        if r.error is None and SAVINGS[unit](r) > 0 and math.isfinite(r.score(criterion or scores.criterion))
-    ]
-    return rows, [SAVINGS[unit](r) for r in rows], [r.score(criterion or scores.criterion) for r in rows]
+    criterion = criterion or scores.criterion
+    rows = [r for r in scores if r.error is None and SAVINGS[unit](r) > 0 and math.isfinite(r.score(criterion))]
+    return rows, [SAVINGS[unit](r) for r in rows], [additive(criterion, r.score(criterion)) for r in rows]
 
 
 def _ancestors(path: str, among: Container[str]) -> list[str]:
@@ -173,10 +170,11 @@ def _in_order(scores: OperatorScores, chosen: Iterable[OperatorScore]) -> list[O
 
 
 def knapsack(scores: OperatorScores, unit: str, target: float, criterion: str | None = None) -> list[OperatorScore]:
-    """The operators and stand-ins of least total score that together save at least `target`; none inside another.
+    """The operators and stand-ins of least total damage that together save at least `target`; none inside another.
 
     A 0-1 knapsack (LAPTOP-Diff, section 3.2) with several stand-ins per operator and nested operators, solved exactly as
-    an integer programme. It takes the damage of several operators for the sum of their single damages.
+    an integer programme. The total is what `scores.combined` predicts: the sum of the scores, or of their squares where the
+    criterion is a distance.
 
     Args:
         unit: "params", "macs" or "latency". target: what to save: parameters, MACs per sample and call, or a share of the time.
@@ -205,13 +203,16 @@ def knapsack(scores: OperatorScores, unit: str, target: float, criterion: str | 
     for line, path in enumerate(innermost_paths):
         for p in (path, *_ancestors(path, at)):
             chains[line, at[p]] = 1
+    greedy = ratio(scores, unit, target, criterion)
+    damage_of = dict(zip((row.key for row in rows), damages, strict=True))
+    limit = math.fsum(damage_of[row.key] for row in greedy)  # what does more damage by itself is in no best set
     # Scaled so that the solver's absolute tolerances mean nothing: damage to 1e6, saving to 1.
-    cost = np.array(damages) * (1e6 / max(max(map(abs, damages)), 1e-300))
+    cost = np.minimum(damages, limit) * (1e6 / max(limit, 1e-300))
     weights = np.array(savings) / target
     margin = 0.0
     while margin < 1e-3:
         result = milp(
-            cost, integrality=np.ones(len(rows)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0},
+            cost, integrality=np.ones(len(rows)), bounds=Bounds(0, np.array(damages) <= limit), options={"mip_rel_gap": 0},
             constraints=[LinearConstraint(weights, 1 + margin, np.inf), LinearConstraint(chains, -np.inf, 1)],
         )  # fmt: skip
         if result.x is None:
@@ -220,9 +221,7 @@ def knapsack(scores: OperatorScores, unit: str, target: float, criterion: str | 
         if math.fsum(savings[i] for i in chosen) >= target:
             return _in_order(scores, [rows[i] for i in chosen])
         margin = max(2 * margin, 1e-6)  # the solver took a hair less than the target for enough
-    return ratio(
-        scores, unit, target, criterion
-    )  # so close to the largest saving that only exact arithmetic reaches it
+    return greedy  # the target is so close to the largest saving that only exact arithmetic reaches it
 
 
 def ratio(
@@ -233,7 +232,7 @@ def ratio(
     start: Sequence[OperatorScore] = (),
     damage: float = 0.0,
 ) -> list[OperatorScore]:
-    """Operators and stand-ins taken one by one by least score per unit saved, until `target` is saved; needs no solver.
+    """Operators and stand-ins taken one by one by least damage per unit saved, until `target` is saved; needs no solver.
 
     Taking a block makes those already taken inside it moot; its score and saving then count less theirs. What is not needed
     in the end is given back, highest score first. Other arguments, result and ValueError as for `knapsack`.
@@ -241,10 +240,11 @@ def ratio(
     Args:
         start: rows that are taken already, given which `scores` were measured (`score(given=...)`); they count for `target` and
             come first in the result, unless a block around them is taken.
-        damage: what `start` does together; a score counts by how much it is above.
+        damage: what `start` does together, in units of the score; a row counts by how much it does above that.
     """
     rows, savings, damages = _usable(scores, unit, criterion)
-    rows, damages = [*rows, *start], [*(d - damage for d in damages), *(0.0 for _ in start)]
+    done = additive(criterion or scores.criterion, damage)
+    rows, damages = [*rows, *start], [*(d - done for d in damages), *(0.0 for _ in start)]
     savings += [SAVINGS[unit](row) for row in start]
     _check_target(unit, target, _largest(rows, savings))
     inside: dict[str, set[str]] = {row.path: set() for row in rows}

@@ -31,7 +31,8 @@ def test_sets_are_predicted_and_measured(pipe, scores):
     rows = {r.path: r for r in scores.ranked()}
     one = found.sets[2]
     assert len(set(one.paths)) == 4 and not any(is_inside(a, b) for a in one.paths for b in one.paths)
-    assert one.predicted == pytest.approx(sum(rows[p].score() for p in one.paths))
+    single = [rows[p].score() for p in one.paths]
+    assert one.total == pytest.approx(sum(single)) and one.predicted == pytest.approx(math.hypot(*single))
     together = [Modification(p, rows[p].kind, rows[p].stand_in) for p in one.paths]
     assert one.measured == pytest.approx(measure_damage(pipe, together, **SETTINGS), rel=1e-5)
     again = measure_additivity(pipe, scores, sizes=(2, 4), sets=2, among=1.0, progress=False, **SETTINGS)
@@ -53,15 +54,21 @@ def test_sets_that_cannot_be(pipe, scores, arguments, message):
 
 
 def test_numbers_and_table(tmp_path):
-    perfect = Additivity("latent-shift", tuple(JointDamage(2, x, x * x, ("a", "b")) for x in (1.0, 2.0, 3.0)))
+    perfect = Additivity("latent-shift", tuple(JointDamage(2, x, x * x, ("a", "b"), 2 * x) for x in (1.0, 2.0, 3.0)))
     assert perfect.rank_correlation == pytest.approx(1) and perfect.rank_correlations == {2: pytest.approx(1)}
-    reverse = Additivity("latent-shift", tuple(JointDamage(n, n, -n, ()) for n in (1, 2, 3)))
+    reverse = Additivity("latent-shift", tuple(JointDamage(n, n, -n, (), n) for n in (1, 2, 3)))
     assert reverse.rank_correlation == pytest.approx(-1) and reverse.rank_correlations == {}
-    assert math.isnan(Additivity("x", (JointDamage(1, 1, 2, ()), JointDamage(1, 1, 3, ()))).rank_correlation)
+    assert math.isnan(Additivity("x", (JointDamage(1, 1, 2, (), 1), JointDamage(1, 1, 3, (), 1))).rank_correlation)
     assert "rank correlation of predicted and measured latent-shift over all: 1.000" in str(perfect)
     perfect.to_csv(tmp_path / "additivity.csv")
     lines = list(csv.DictReader((tmp_path / "additivity.csv").open()))
-    assert len(lines) == 3 and lines[2] == {"size": "2", "predicted": "3.0", "measured": "9.0", "paths": "a b"}
+    assert len(lines) == 3 and lines[2] == {
+        "size": "2",
+        "predicted": "3.0",
+        "measured": "9.0",
+        "total": "6.0",
+        "paths": "a b",
+    }
 
 
 def test_the_command_writes_table_and_figure(tmp_path, capsys):

@@ -30,7 +30,8 @@ def make_scores(items: list[tuple[str, str, int, float]]) -> OperatorScores:
 
 
 def damage(rows) -> float:
-    return math.fsum(r.score() for r in rows)
+    """What adds up: latent shifts are distances, whose squares do."""
+    return math.fsum(r.score() ** 2 for r in rows)
 
 
 def saving(rows) -> int:
@@ -71,7 +72,7 @@ def dynamic_programme(scores: OperatorScores, target: int) -> float:
         for row in scores:
             if row.path == path and row.params_removed > 0:
                 at = min(target, row.params_removed)
-                out[at] = min(out[at], row.score())
+                out[at] = min(out[at], row.score() ** 2)
         return out
 
     return table(None)[target]
