@@ -27,12 +27,13 @@ from torch import nn
 from ..latents import RecordedCall, call_parameters, find_denoiser, make_jobs, preserved, steps_argument
 from ..loading import load_pipeline, pick_device
 from ..modeling import plan_of
+from ..pipeline import prune
 from ..plan import PruningPlan
 from ..planning import make_plan
 from ..profiling import count_macs, device_of, measure_latency, processor_name, run
 from ..scores import OperatorScores
 from ..selection import innermost
-from ..surgery import align_, apply_plan_, check_plan, count_params
+from ..surgery import align_, check_plan, count_params
 from .config import SCORES_FILE, AppConfig, ModelEntry
 
 MAX_SEED = 2**31 - 1
@@ -178,11 +179,18 @@ class Model:
         return [*([BY_SCORE] if self.scores else []), *self.versions]
 
     def _prune(self, version: str, k: int) -> tuple[PruningPlan, nn.Module]:
-        plan = make_plan(self.pipe, k, scores=self.scores) if version == BY_SCORE else self.versions[version][0]
-        if plan is None:
+        """As `pipe.prune` does it, in a copy that shares the weights."""
+        target = k if version == BY_SCORE else self.versions[version][0]
+        if target is None:
             raise ValueError(f"version {version!r} has no plan")
-        denoiser = over_same_weights(self.original)
-        return apply_plan_(denoiser, plan), denoiser
+        pipe = copy.copy(self.pipe)
+        setattr(pipe, self.component, over_same_weights(self.original))
+        how = {**self.entry.call, **({"prompt": ""} if self.takes_prompt else {})}
+        plan = prune(
+            pipe, target, component=self.component, scores=self.scores if version == BY_SCORE else None, **how
+        )
+        assert isinstance(plan, PruningPlan)
+        return plan, getattr(pipe, self.component)
 
     def denoisers(self, version: str, k: int) -> tuple[PruningPlan | None, dict[str, nn.Module]]:
         """(what is taken out, name -> denoiser), the original first and a finetuned one last."""
