@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,25 @@ def _cheaper(spec: StandInSpec, seen: Seen, macs: int) -> bool:
     return stand_in_macs * seen.calls < macs
 
 
+@contextmanager
+def plain_attributes_kept(model: nn.Module) -> Iterator[None]:
+    """What modules, and plain objects that they hold, have cached inside the `with` block is forgotten: it may lie on `meta`."""
+    owners: dict[int, dict[str, Any]] = {}
+    for module in model.modules():
+        owners[id(module)] = vars(module)
+        for value in vars(module).values():
+            if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, torch.Tensor, type)):
+                owners[id(value)] = vars(value)
+    before = [(attributes, dict(attributes)) for attributes in owners.values()]
+    try:
+        yield
+    finally:
+        for attributes, old in before:
+            for name in attributes.keys() - old.keys():
+                del attributes[name]
+            attributes.update({name: value for name, value in old.items() if attributes.get(name) is not value})
+
+
 def on_meta(model: nn.Module, call: RecordedCall) -> Callable[[], Any]:
     """A function that runs the model, as it then is, on the `meta` device: shapes only."""
 
@@ -47,7 +67,7 @@ def on_meta(model: nn.Module, call: RecordedCall) -> Callable[[], Any]:
     def go() -> Any:
         named = (*model.named_parameters(), *model.named_buffers())
         tensors = {n: own[id(t)] if id(t) in own else t.detach().to("meta") for n, t in named}
-        with calling(model, call.method):
+        with calling(model, call.method), plain_attributes_kept(model):
             return torch.func.functional_call(model, tensors, *tree_map(lambda value: value, (args, kwargs)))
 
     return go

@@ -41,7 +41,9 @@ def test_params_are_met_exactly(scores, method, share):
     plan = pipe.prune(params=share, method=method, scores=scores)
     after = pipe.unet.num_parameters()
     assert after <= (1 - share) * before
-    assert plan.params_removed == before - after == round(plan.how["predicted"]["params"] * before)
+    assert plan.params_removed == before - after
+    chosen = sum(m.params_removed for m in plan)  # without what nothing uses any more
+    assert chosen == round(plan.how["predicted"]["params"] * before) <= plan.params_removed
     assert plan.how["budget"] == {"params": share} and plan.how["method"] == method
     assert torch.isfinite(draw(pipe)).all()
 

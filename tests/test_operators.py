@@ -11,7 +11,8 @@ from configs import SD_V1, UNETS, meta_call, on_meta
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from ld_pruner_hf import Modification, applied, find_operators, profile
+from ld_pruner_hf import Modification, applied, find_operators, operators, profile
+from ld_pruner_hf.latents import RecordedCall
 from ld_pruner_hf.operators import as_list, check_filters, recorded, selected
 
 
@@ -254,3 +255,33 @@ def test_example_inputs_in_every_form():
 def test_a_compiled_model_is_refused(unet):
     with pytest.raises(ValueError, match="unwrap it first"):
         find(torch.compile(unet), tiny.unet_call())
+
+
+def test_what_a_run_on_meta_caches_is_forgotten():
+    """As Z-Image's position embedder, a plain object, moves its table to where the first call is."""
+
+    class Table:
+        rows = None
+
+        def __call__(self, x):
+            if self.rows is None or self.rows.device != x.device:
+                self.rows = torch.arange(4.0).to(x.device)
+            return self.rows
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.table = nn.Linear(4, 4), Table()
+
+        def forward(self, x):
+            self.last = x
+            return self.linear(x) + self.table(x)
+
+    model, x = Model(), torch.randn(2, 4)
+    expected = model(x)
+    assert operators.on_meta(model, RecordedCall((x,), {}))().device.type == "meta"
+    assert model.table.rows.device.type == "cpu" and model.last is x
+    assert torch.equal(model(x), expected)
+    fresh = Model()
+    operators.on_meta(fresh, RecordedCall((x,), {}))()
+    assert fresh.table.rows is None and not hasattr(fresh, "last")
