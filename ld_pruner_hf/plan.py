@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -231,11 +232,7 @@ class Modification:
             path, kind, stand_in = data["path"], data["kind"], data["stand_in"]
         except (KeyError, TypeError) as error:
             raise PlanError(f"modification {data!r}: {error!r}; the plan is damaged, make it anew") from error
-        if (
-            not isinstance(path, str)
-            or not path
-            or not all(part.isidentifier() or part.isdigit() for part in path.split("."))
-        ):
+        if not isinstance(path, str) or not path or not all(re.fullmatch(r"[\w-]+", part) for part in path.split(".")):
             raise PlanError(
                 f"modification: got path {path!r}, expected a dotted module path such as 'mid_block.attentions.0'"
             )
