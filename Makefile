@@ -6,26 +6,28 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-output
 
-.PHONY: demo test lint env clean
+.PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
-env: $(VENV)/.installed
-
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.demo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "ld_pruner_hf needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[select,plot]'
+	@touch $@
+
+$(VENV)/.tests: $(VENV)/.demo
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[select,plot,train,app,eval,audio,ecosystem,dev]'
 	@touch $@
 
-demo: env
+demo: $(VENV)/.demo
 	$(BIN)/ld-pruner demo --output $(OUT)
 
-test: env
+test: $(VENV)/.tests
 	$(BIN)/python -m pytest -n 2
 
-lint: env
+lint: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
