@@ -165,7 +165,7 @@ class BenchmarkSettings:
     test_seeds: int = 6
     test_seed: int = 1000
     test_steps: int | None = None
-    calibrations: int = 3
+    calibrations: int = 5
     timing_rounds: int = 25
 
     def __post_init__(self) -> None:
