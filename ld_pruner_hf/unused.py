@@ -19,8 +19,11 @@ from .operators import on_meta
 from .plan import Modification, StandInSpec, is_inside
 from .profiling import run
 from .replacements import StandIn
-from .surgery import applied
+from .surgery import applied, count_params
 from .watching import watch_call
+
+SMALL = 5_000_000
+"""Parameters below which a real backward pass is quicker than one on `meta`, which is Python."""
 
 
 def _floats(value: Any) -> list[torch.Tensor]:
@@ -30,7 +33,8 @@ def _floats(value: Any) -> list[torch.Tensor]:
 def unread_modules(model: nn.Module, call: RecordedCall) -> set[str]:
     """Paths of the modules that run in the call and on whose outputs none of the model's outputs depends.
 
-    The model runs on the `meta` device where it can, without memory, else as it is. Empty if it cannot be differentiated.
+    The model runs on the `meta` device, without memory, or as it is: a small model first so, which is quicker, any other only if
+    `meta` fails. Empty if it cannot be differentiated.
     """
     outputs: dict[str, list[torch.Tensor]] = {}
 
@@ -41,11 +45,13 @@ def unread_modules(model: nn.Module, call: RecordedCall) -> set[str]:
     try:
         with torch.enable_grad():
             tracked = call.mapped(lambda t: t.detach().requires_grad_().clone() if t.is_floating_point() else t)
+            runs = [on_meta(model, tracked), lambda: run(model, tracked)]
+            first, second = reversed(runs) if count_params(model) < SMALL else runs
             try:
-                result = on_meta(model, tracked)()
-            except Exception:  # reads values, which `meta` tensors do not have
+                result = first()
+            except Exception:  # memory; or values are read, which `meta` tensors do not have
                 outputs.clear()
-                result = run(model, tracked)
+                result = second()
     except Exception:  # cannot be differentiated, as quantized weights cannot: nothing is known
         return set()
     finally:

@@ -31,7 +31,7 @@ Built = tuple[Any, dict[str, Any]]
 
 FAMILIES: dict[str, Callable[[], Built]] = {}
 MORE: dict[str, Callable[[], Built]] = {}
-"""Those of `more_families.py`."""
+"""Those of `more_families.py` and `variant_families.py`."""
 SEVERAL = {
     "wan_2_2": ("transformer", "transformer_2"),
     "kandinsky_combined": ("unet", "prior_prior"),
@@ -189,18 +189,24 @@ def sd_adapter() -> Built:
     return d.StableDiffusionAdapterPipeline(**parts, adapter=adapter), {"prompt": "red heart", "image": picture()}
 
 
+def sdxl_unet(**changes: Any) -> d.UNet2DConditionModel:
+    sizes = {
+        "block_out_channels": (32, 64), "layers_per_block": 1, "sample_size": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (2, 4),
+        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "transformer_layers_per_block": (1, 2), "projection_class_embeddings_input_dim": 80,
+        "cross_attention_dim": 64, "norm_num_groups": 8,
+    }  # fmt: skip
+    return d.UNet2DConditionModel(**{**sizes, **changes})
+
+
 @family
 def sdxl() -> Built:
-    unet = d.UNet2DConditionModel(
-        block_out_channels=(32, 64), layers_per_block=1, sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=80,
-        cross_attention_dim=64, norm_num_groups=8,
-    )  # fmt: skip
     pipe = d.StableDiffusionXLPipeline(
-        vae=autoencoder(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=unet,
-        scheduler=d.EulerDiscreteScheduler(num_train_timesteps=100, steps_offset=1), add_watermarker=False,
+        vae=autoencoder(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+        unet=sdxl_unet(), scheduler=d.EulerDiscreteScheduler(num_train_timesteps=100, steps_offset=1),
+        add_watermarker=False,
     )  # fmt: skip
     return pipe, {**embeds(7, 64, pooled=32), **SIZE}
 
@@ -276,22 +282,26 @@ def audioldm2() -> Built:
     return pipe, {**call, "guidance_scale": 1.0, "audio_length_in_s": 0.005}
 
 
+def kandinsky_unet(**changes: Any) -> d.UNet2DConditionModel:
+    sizes = {
+        "in_channels": 4, "out_channels": 8, "addition_embed_type": "image",
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "block_out_channels": (32, 64), "layers_per_block": 1,
+        "encoder_hid_dim": 32, "encoder_hid_dim_type": "image_proj", "cross_attention_dim": 32,
+        "attention_head_dim": 4, "resnet_time_scale_shift": "scale_shift",
+    }  # fmt: skip
+    return d.UNet2DConditionModel(**{**sizes, **changes})
+
+
 @family
 def kandinsky_decoder() -> Built:
-    unet = d.UNet2DConditionModel(
-        in_channels=4, out_channels=8, addition_embed_type="image",
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn", block_out_channels=(32, 64), layers_per_block=1,
-        encoder_hid_dim=32, encoder_hid_dim_type="image_proj", cross_attention_dim=32, attention_head_dim=4,
-        resnet_time_scale_shift="scale_shift",
-    )  # fmt: skip
     movq = d.VQModel(
         block_out_channels=[32, 64], down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
         latent_channels=4, layers_per_block=1, norm_num_groups=8, norm_type="spatial", num_vq_embeddings=12,
         up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"], vq_embed_dim=4,
     )  # fmt: skip
-    pipe = d.KandinskyV22Pipeline(unet=unet, movq=movq, scheduler=tiny.scheduler())
+    pipe = d.KandinskyV22Pipeline(unet=kandinsky_unet(), movq=movq, scheduler=tiny.scheduler())
     return pipe, {
         "image_embeds": noise(1, 32),
         "negative_image_embeds": noise(1, 32, seed=1),
@@ -469,13 +479,16 @@ def wan_transformer() -> d.WanTransformer3DModel:
     )  # fmt: skip
 
 
-def wan_pipeline(**second: Any) -> Built:
-    vae = d.AutoencoderKLWan(
+def wan_vae() -> d.AutoencoderKLWan:
+    return d.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
+
+
+def wan_pipeline(**second: Any) -> Built:
     scheduler = d.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     pipe = d.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=wan_transformer(), **second
+        tokenizer=None, text_encoder=None, vae=wan_vae(), scheduler=scheduler, transformer=wan_transformer(), **second
     )
     return pipe, {**embeds(7, 32), "num_frames": 5, **SIZE}
 

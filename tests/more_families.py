@@ -10,7 +10,8 @@ import families
 import tiny
 import torch
 from diffusers.pipelines.ace_step import AceStepConditionEncoder
-from families import SIZE, Built, autoencoder, embeds, flow, further, noise, picture
+from families import SIZE, Built, autoencoder, embeds, flow, further, noise, picture, wan_vae
+from transformers import ClapTextConfig, ClapTextModelWithProjection
 
 
 def assemble(kind: Any, **components: Any) -> Any:
@@ -18,106 +19,6 @@ def assemble(kind: Any, **components: Any) -> Any:
     parameters = inspect.signature(kind.__init__).parameters.values()
     demanded = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
     return kind(**{**dict.fromkeys(demanded), **components})
-
-
-def wan_vae() -> d.AutoencoderKLWan:
-    return d.AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-    )
-
-
-def with_component(family: str, kind: Any, call: dict[str, Any], **extra: Any) -> Built:
-    """Another pipeline class of a family's components and `extra` ones."""
-    pipe, own = families.FAMILIES[family]()
-    names = inspect.signature(kind.__init__).parameters
-    components = {k: v for k, v in pipe.components.items() if k in names}
-    taken = inspect.signature(kind.__call__).parameters
-    return assemble(kind, **components, **extra), {k: v for k, v in {**own, **call}.items() if k in taken}
-
-
-# ---- a family's components and one more ------------------------------------------------------------------------------
-
-
-@further
-def sdxl_controlnet() -> Built:
-    unet = families.sdxl()[0].unet
-    controlnet = d.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32))
-    return with_component("sdxl", d.StableDiffusionXLControlNetPipeline, {"image": picture()}, controlnet=controlnet)
-
-
-@further
-def sd3_controlnet() -> Built:
-    controlnet = d.SD3ControlNetModel.from_transformer(
-        families.sd3()[0].transformer, num_layers=1, num_extra_conditioning_channels=0
-    )
-    call = {"control_image": picture(), "controlnet_conditioning_scale": 0.5}
-    return with_component("sd3", d.StableDiffusion3ControlNetPipeline, call, controlnet=controlnet)
-
-
-@further
-def flux_controlnet() -> Built:
-    controlnet = d.FluxControlNetModel.from_transformer(
-        families.flux()[0].transformer, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
-    )
-    call = {"control_image": picture(), "controlnet_conditioning_scale": 0.5}
-    return with_component("flux", d.FluxControlNetPipeline, call, controlnet=controlnet)
-
-
-@further
-def qwen_image_controlnet() -> Built:
-    controlnet = d.QwenImageControlNetModel.from_transformer(
-        families.qwen_image()[0].transformer, num_layers=1, attention_head_dim=16, num_attention_heads=2
-    )
-    return with_component(
-        "qwen_image", d.QwenImageControlNetPipeline, {"control_image": picture()}, controlnet=controlnet
-    )
-
-
-@further
-def hunyuan_dit_controlnet() -> Built:
-    controlnet = d.HunyuanDiT2DControlNetModel(
-        sample_size=8, transformer_num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3,
-        in_channels=4, cross_attention_dim=32, cross_attention_dim_t5=32, pooled_projection_dim=16, hidden_size=24,
-        activation_fn="gelu-approximate", text_len=77, text_len_t5=256,
-    )  # fmt: skip
-    return with_component(
-        "hunyuan_dit", d.HunyuanDiTControlNetPipeline, {"control_image": picture()}, controlnet=controlnet
-    )
-
-
-@further
-def animatediff_controlnet() -> Built:
-    unet = tiny.stable_diffusion().unet
-    controlnet = d.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32))
-    call = {"conditioning_frames": [picture()] * 2}
-    return with_component("animatediff", d.AnimateDiffControlNetPipeline, call, controlnet=controlnet)
-
-
-@further
-def animatediff_video_controlnet() -> Built:
-    unet = tiny.stable_diffusion().unet
-    controlnet = d.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32))
-    call = {"video": [picture()] * 2, "conditioning_frames": [picture()] * 2, "strength": 1.0}
-    return with_component("animatediff", d.AnimateDiffVideoToVideoControlNetPipeline, call, controlnet=controlnet)
-
-
-@further
-def kandinsky_combined() -> Built:
-    prior = {f"prior_{k}": v for k, v in families.kandinsky_prior()[0].components.items()}
-    call = {"prompt": "red heart", "prior_num_inference_steps": 2}
-    return with_component("kandinsky_decoder", d.KandinskyV22CombinedPipeline, call, **prior)
-
-
-@further
-def cascade_combined() -> Built:
-    prior = families.cascade_prior()[0].components
-    parts = {f"prior_{k}": prior.get(k) for k in ("prior", "text_encoder", "tokenizer", "scheduler")}
-    call = {"prior_num_inference_steps": 2, "height": 128, "width": 128}
-    parts |= {"prior_feature_extractor": None, "prior_image_encoder": None}
-    return with_component("cascade_decoder", d.StableCascadeCombinedPipeline, call, **parts)
-
-
-# ---- further denoisers -----------------------------------------------------------------------------------------------
 
 
 @further
@@ -319,16 +220,15 @@ def deepfloyd_if() -> Built:
 @further
 def i2vgen() -> Built:
     unet = d.I2VGenXLUNet(
-        block_out_channels=(4, 8), layers_per_block=1, sample_size=8, norm_num_groups=2, cross_attention_dim=32,
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=8, norm_num_groups=2, cross_attention_dim=32,
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        num_attention_heads=2,
+        num_attention_heads=8,
     )  # fmt: skip
     pipe = assemble(
         d.I2VGenXLPipeline, unet=unet, vae=autoencoder(), scheduler=tiny.scheduler(),
-        text_encoder=tiny.stable_diffusion().text_encoder, tokenizer=tiny.tokenizer(), image_encoder=families.vision(),
-        feature_extractor=families.image_processor(),
+        image_encoder=families.vision(), feature_extractor=families.image_processor(),
     )  # fmt: skip
-    return pipe, {"prompt": "red heart", "image": picture(32), "num_frames": 2, "height": 32, "width": 32}
+    return pipe, {**embeds(7, 32), "image": picture(32), "num_frames": 2, "height": 32, "width": 32}
 
 
 @further
@@ -380,3 +280,160 @@ def ace_step() -> Built:
         text_encoder=text.text_encoder, tokenizer=text.tokenizer,
     )  # fmt: skip
     return pipe, {"prompt": "red heart", "lyrics": "cat", "audio_duration": 4.0, "max_text_length": 16}
+
+
+@further
+def hidream() -> Built:
+    transformer = d.HiDreamImageTransformer2DModel(
+        patch_size=4, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
+        num_attention_heads=4, caption_channels=[32, 16], text_emb_dim=64, axes_dims_rope=(4, 2, 2),
+        max_resolution=(32, 32), llama_layers=(0, 1), force_inference_output=True,
+    )  # fmt: skip
+    pipe = assemble(d.HiDreamImagePipeline, transformer=transformer, scheduler=flow(), vae=autoencoder())
+    call = {}
+    for seed, sign in enumerate(("", "negative_")):
+        call[f"{sign}prompt_embeds_t5"] = noise(1, 7, 32, seed=seed)
+        call[f"{sign}prompt_embeds_llama3"] = noise(2, 1, 7, 16, seed=seed)
+        call[f"{sign}pooled_prompt_embeds"] = noise(1, 64, seed=seed)
+    return pipe, {**call, **SIZE}
+
+
+@further
+def prx() -> Built:
+    transformer = d.PRXTransformer2DModel(
+        in_channels=4, patch_size=2, context_in_dim=16, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=2,
+        axes_dim=[4, 4],
+    )  # fmt: skip
+    pipe = assemble(d.PRXPipeline, transformer=transformer, scheduler=flow(), vae=autoencoder())
+    call = embeds(7, 16)
+    masks = {f"{sign}prompt_attention_mask": torch.ones(1, 7, dtype=torch.bool) for sign in ("", "negative_")}
+    return pipe, {**call, **masks, "use_resolution_binning": False, **SIZE}
+
+
+@further
+def ovis_image() -> Built:
+    transformer = d.OvisImageTransformer2DModel(
+        in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    pipe = assemble(d.OvisImagePipeline, transformer=transformer, scheduler=flow(), vae=autoencoder())
+    return pipe, {**embeds(7, 32), "negative_prompt": None, **SIZE}
+
+
+@further
+def glm_image() -> Built:
+    transformer = d.GlmImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, text_embed_dim=32,
+        time_embed_dim=16, condition_dim=8, prior_vq_quantizer_codebook_size=32,
+    )  # fmt: skip
+    vae = autoencoder(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    pipe = assemble(d.GlmImagePipeline, transformer=transformer, scheduler=flow(), vae=vae)
+    return pipe, {**embeds(7, 32), "prior_token_ids": torch.arange(16)[None], **SIZE}
+
+
+@further
+def hunyuan_image() -> Built:
+    transformer = d.HunyuanImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, text_embed_dim=32, text_embed_2_dim=16, rope_axes_dim=(4, 4),
+    )  # fmt: skip
+    vae = d.AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 64, 64, 64), layers_per_block=1,
+        spatial_compression_ratio=8, sample_size=128, scaling_factor=0.5,
+    )  # fmt: skip
+    pipe = assemble(d.HunyuanImagePipeline, transformer=transformer, scheduler=flow(), vae=vae)
+    call = {}
+    for seed, sign in enumerate(("", "negative_")):
+        for number, width in (("", 32), ("_2", 16)):
+            call[f"{sign}prompt_embeds{number}"] = noise(1, 7, width, seed=seed)
+            call[f"{sign}prompt_embeds_mask{number}"] = torch.ones(1, 7, dtype=torch.long)
+    return pipe, {**call, "height": 32, "width": 32}
+
+
+@further
+def kandinsky3() -> Built:
+    unet = d.Kandinsky3UNet(
+        time_embedding_dim=4, groups=2, attention_head_dim=4, block_out_channels=(32, 64), layers_per_block=3,
+        cross_attention_dim=8, encoder_hid_dim=32,
+    )  # fmt: skip
+    movq = families.kandinsky_decoder()[0].movq
+    pipe = assemble(d.Kandinsky3Pipeline, unet=unet, scheduler=tiny.scheduler(), movq=movq)
+    masks = {f"{sign}attention_mask": torch.ones(1, 7, dtype=torch.long) for sign in ("", "negative_")}
+    return pipe, {**embeds(7, 32), **masks, "height": 64, "width": 64}
+
+
+@further
+def amused() -> Built:
+    transformer = d.UVit2DModel(
+        hidden_size=8, cond_embed_dim=32, micro_cond_encode_dim=2, micro_cond_embed_dim=10, encoder_hidden_size=32,
+        vocab_size=32, codebook_size=8, in_channels=8, block_out_channels=8, num_res_blocks=1, downsample=True,
+        upsample=True, block_num_heads=1, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+    )  # fmt: skip
+    vqvae = d.VQModel(
+        block_out_channels=[16, 32], down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=8,
+        up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=8, num_vq_embeddings=8,
+    )  # fmt: skip
+    text_encoder, tokenizer = families.text_with_projection()
+    pipe = d.AmusedPipeline(
+        vqvae=vqvae, tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer,
+        scheduler=d.AmusedScheduler(mask_token_id=31),
+    )  # fmt: skip
+    return pipe, {"prompt": "red heart", **SIZE}
+
+
+@further
+def ernie_image() -> Built:
+    transformer = d.ErnieImageTransformer2DModel(
+        hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=16, out_channels=16,
+        text_in_dim=16, rope_axes_dim=(8, 4, 4),
+    )  # fmt: skip
+    vae = d.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=1, sample_size=32,
+    )  # fmt: skip
+    pipe = assemble(d.ErnieImagePipeline, transformer=transformer, scheduler=flow(), vae=vae)
+    call = {"prompt_embeds": [noise(7, 16)], "negative_prompt_embeds": [noise(7, 16, seed=1)]}
+    return pipe, {**call, "height": 32, "width": 32}
+
+
+@further
+def wuerstchen_prior() -> Built:
+    from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
+
+    text = tiny.stable_diffusion()
+    pipe = d.WuerstchenPriorPipeline(
+        tokenizer=text.tokenizer, text_encoder=text.text_encoder, scheduler=d.DDPMWuerstchenScheduler(),
+        prior=WuerstchenPrior(c_in=2, c=8, depth=2, c_cond=32, c_r=8, nhead=2),
+    )  # fmt: skip
+    return pipe, {"prompt": "red heart", "height": 128, "width": 128}
+
+
+@further
+def wuerstchen_decoder() -> Built:
+    from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt
+
+    text = tiny.stable_diffusion()
+    decoder = WuerstchenDiffNeXt(
+        c_cond=32, c_hidden=[32], nhead=[2], blocks=[1], clip_embd=32, inject_effnet=[False], level_config=["CTA"]
+    )
+    pipe = d.WuerstchenDecoderPipeline(
+        tokenizer=text.tokenizer, text_encoder=text.text_encoder, decoder=decoder, latent_dim_scale=4.0,
+        scheduler=d.DDPMWuerstchenScheduler(), vqgan=PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=2),
+    )  # fmt: skip
+    return pipe, {"image_embeddings": noise(1, 4, 4, 4), "prompt": "red heart"}
+
+
+@further
+def audioldm() -> Built:
+    unet = d.UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=32, in_channels=4,
+        out_channels=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), class_embeddings_concat=True,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=(16, 32),
+        class_embed_type="simple_projection", projection_class_embeddings_input_dim=32,
+    )  # fmt: skip
+    components = families.audioldm2()[0].components
+    parts = {name: components[name] for name in ("vae", "scheduler", "vocoder")}
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts["text_encoder"] = ClapTextModelWithProjection(ClapTextConfig(vocab_size=16, projection_dim=32, **sizes))
+    call = {"prompt_embeds": noise(1, 32), "negative_prompt_embeds": noise(1, 32, seed=1), "audio_length_in_s": 0.005}
+    return assemble(d.AudioLDMPipeline, unet=unet, **parts), call

@@ -10,10 +10,12 @@ import argparse
 import inspect
 import json
 import platform
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ import diffusers
 import families
 import more_families  # noqa: F401
 import torch
+import variant_families  # noqa: F401
+import video_families  # noqa: F401
 
 import ld_pruner_hf
 from ld_pruner_hf import Modification, PruningPlan
@@ -34,8 +38,10 @@ from ld_pruner_hf.surgery import architecture_of, count_params
 KS = (1, 3)
 SCORED = 5
 """Operators that are scored per pipeline; the smallest ones, spread over the denoiser."""
-
-
+BATCH = 120
+"""Folders that one fresh process loads."""
+SECONDS = 120
+"""Of CPU time for one pipeline, then it is given up."""
 UNLOADED = "was not loaded again yet"
 
 
@@ -168,6 +174,8 @@ EXTRAS: dict[str, Callable[[], Any]] = {
     "strength": lambda: 1.0,
     "video": lambda: [families.picture()] * 5,
     "padding_mask_crop": lambda: None,
+    "prompt": lambda: None,  # embeddings stand for it
+    "_auto_resize": lambda: False,
 }
 """Arguments that a family's own call does not have."""
 
@@ -175,7 +183,7 @@ EXTRAS: dict[str, Callable[[], Any]] = {
 def pipeline_classes() -> dict[str, Any]:
     """All pipeline classes that diffusers exports, those included that stand for one whose packages are missing."""
     found = {}
-    for name in sorted(n for n in dir(diffusers) if n.endswith(("Pipeline", "PipelineV2"))):
+    for name in sorted(n for n in dir(diffusers) if "Pipeline" in n):
         kind = getattr(diffusers, name)
         if name == "DiffusionPipeline" or name.startswith(("AutoPipeline", "Flax", "Onnx")):
             continue
@@ -235,15 +243,33 @@ def variants(name: str, done: set[str]) -> Iterator[tuple[str, Callable[[], fami
         yield label, build
 
 
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Inside, TimeoutError is raised after so many seconds of this process's CPU time."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"more than {seconds:.0f} s of CPU time")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
 def attempt(label: str, build: Callable[[], families.Built], folder: Path, component: str | None = None) -> Row:
     try:
-        pipe, call = build()
-        label = type(pipe).__name__
-        latents(pipe, call)
+        with limited(SECONDS):
+            pipe, call = build()
+            label = type(pipe).__name__
+            latents(pipe, call)
     except Exception as error:
         return Row(label, reason=f"the tiny one does not run unpruned ({explain(error)})")
     try:
-        return prune_and_save(build, folder, component)
+        with limited(SECONDS):
+            return prune_and_save(build, folder, component)
     except Exception as error:
         traceback.print_exc()
         return Row(label, reason=explain(error))
@@ -270,14 +296,15 @@ class State:
     def add(self, key: str, row: Row) -> None:
         with self.rows_file.open("a") as file:
             file.write(json.dumps({"key": key, "row": asdict(row)}) + "\n")
+        self.reload(at_least=BATCH)
 
-    def reload(self, batch: int = 60) -> None:
-        """Load all folders that were not loaded yet, `batch` of them in a process."""
+    def reload(self, at_least: int = 1) -> None:
+        """Load what was not loaded yet, if it is as many folders, in one fresh process: importing takes longer than loading."""
         done = {k for d in self._read(self.reloads_file) for k in d}
         todo = [f for row in self.rows().values() for f in row.folders if f not in done]
-        for i in range(0, len(todo), batch):
+        if len(todo) >= at_least:
             with self.reloads_file.open("a") as file:
-                file.write(json.dumps(reload_in_fresh_process(todo[i : i + batch])) + "\n")
+                file.write(json.dumps(reload_in_fresh_process(todo)) + "\n")
 
 
 def run(state: State) -> None:
@@ -291,8 +318,7 @@ def run(state: State) -> None:
                 state.add(key, attempt(name, lambda name=name: families.make(name), folder, component))
     tried = {key for key in state.rows() if "/" in key}
     for name in names:
-        state.reload()
-        done = {row.pipeline for row in state.rows().values() if row.reason is None}
+        done = {row.pipeline for row in state.rows().values() if row.reason in (None, UNLOADED)}
         for label, build in variants(name, done):
             if f"{name}/{label}" not in tried:
                 state.add(f"{name}/{label}", attempt(label, build, state.folder / name / label))

@@ -7,6 +7,8 @@ import more_families  # noqa: F401
 import pipelines_table
 import pytest
 import torch
+import variant_families  # noqa: F401
+import video_families  # noqa: F401
 
 import ld_pruner_hf
 from ld_pruner_hf.latents import RecordedCall
