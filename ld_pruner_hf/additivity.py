@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .plan import Modification, is_inside, write_atomically
+from .latents import only_one
+from .plan import SEVERAL, Modification, is_inside, write_atomically
 from .scores import NORMS, OperatorScore, OperatorScores, combined
 from .scoring import damage_meter
 
@@ -141,8 +142,10 @@ def measure_additivity(
         draw_seed: of the choice of the sets.
 
     Raises:
-        ValueError: a size that no set reaches, `among` outside (0, 1], or scores that the given conditions do not reproduce.
+        ValueError: a size that no set reaches, `among` outside (0, 1], scores of several components, or scores that the given
+            conditions do not reproduce.
     """
+    only_one(scores.component.split(SEVERAL), "additivity")
     if not 0 < among <= 1:
         raise ValueError(f"among: got {among!r}, expected a share of the operators, above 0 and up to 1")
     rows = [row for row in scores.ranked() if row.error is None]

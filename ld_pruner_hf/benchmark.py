@@ -19,10 +19,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .evaluation.speed import speed_up, time_in_turns
-from .latents import Condition, denoise, find_denoiser, make_conditions, make_jobs, preserved, steps_argument
+from .latents import Condition, denoise, make_conditions, make_jobs, only_one, preserved, steps_argument
 from .pipeline import prune
 from .plan import PlanError, PruningPlan, write_atomically
-from .planning import SCORING_ONLY, component_of, first_call
+from .planning import SCORING_ONLY, component_of, denoisers_of, first_call
 from .presets import PRESETS
 from .profiling import count_macs, device_of, run
 from .scores import CRITERIA, LATENT_SHIFT, OperatorScores, check_criterion
@@ -249,13 +249,14 @@ class Benchmark:
         folder: scores, plans and results.jsonl go there.
 
     Raises:
+        ValueError: several components denoise, and the settings name none of them.
         PlanError: the folder holds results of another model or other settings.
     """
 
     def __init__(self, pipe: Any, folder: str | Path, settings: BenchmarkSettings) -> None:
         self.pipe, self.folder, self.settings = pipe, Path(folder), settings
+        self.name = only_one(denoisers_of(pipe, settings.component, self._scoring()), "benchmark")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.name = find_denoiser(pipe, settings.component)
         self.results = self._open()
 
     # ---- the file ----------------------------------------------------------------------------------------------------

@@ -125,6 +125,16 @@ def find_denoisers(pipe: Any, component: str | None = None, **call: Any) -> list
     return [name for name in modules if name in last]
 
 
+def only_one(names: Sequence[str], what: str) -> str:
+    """The component of that name; ValueError for several names where `what` takes one component."""
+    if len(names) > 1:
+        raise ValueError(
+            f"{what}: got {' and '.join(names)}, which denoise together, expected one of them; choose it with "
+            f"--component {names[0]} (component={names[0]!r} in Python), when scoring, too"
+        )
+    return names[0]
+
+
 # ---- conditions ------------------------------------------------------------------------------------------------------
 
 

@@ -27,10 +27,10 @@ from .evaluation import (
 )
 from .evaluation.generation import kind_of
 from .evaluation.run import call_of, check_metrics, device_text, open_reference, prepare
-from .latents import call_parameters, find_denoiser, preserved, record_call
+from .latents import call_parameters, find_denoiser, only_one, preserved, record_call
 from .loading import pick_device
 from .modeling import prune_
-from .plan import FORMAT_VERSION, PlanError, PruningPlan, read_json, write_atomically
+from .plan import FORMAT_VERSION, SEVERAL, PlanError, PruningPlan, read_json, write_atomically
 from .planning import make_plan
 from .profiling import count_macs, device_of, run
 from .scores import OperatorScores
@@ -202,9 +202,11 @@ def sweep(
     Samples and finished rows are kept in `output`; an interrupted sweep goes on with them.
 
     Raises:
-        ValueError: an impossible k, an unknown metric, or one without what it needs: before anything is generated.
+        ValueError: an impossible k, scores of several components, an unknown metric, or one without what it needs: before
+            anything is generated.
         PlanError: scores of another model, or rows of other settings in `output`.
     """
+    only_one(scores.component.split(SEVERAL), "sweep")
     settings, output = replace(settings or EvaluationSettings(), metrics=(metric,)), Path(output)
     check_metrics(settings, two=False)
     report.require_matplotlib()

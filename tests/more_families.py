@@ -222,7 +222,7 @@ def i2vgen() -> Built:
     unet = d.I2VGenXLUNet(
         block_out_channels=(16, 32), layers_per_block=1, sample_size=8, norm_num_groups=2, cross_attention_dim=32,
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        num_attention_heads=8,
+        attention_head_dim=8,
     )  # fmt: skip
     pipe = assemble(
         d.I2VGenXLPipeline, unet=unet, vae=autoencoder(), scheduler=tiny.scheduler(),

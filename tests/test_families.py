@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import families
 import more_families  # noqa: F401
 import pipelines_table
@@ -11,6 +13,8 @@ import variant_families  # noqa: F401
 import video_families  # noqa: F401
 
 import ld_pruner_hf
+from ld_pruner_hf import cli
+from ld_pruner_hf.benchmark import Benchmark, BenchmarkSettings
 from ld_pruner_hf.latents import RecordedCall
 from ld_pruner_hf.profiling import run
 
@@ -100,6 +104,26 @@ def test_two_denoisers_are_scored_and_pruned_together(tmp_path):
     assert torch.equal(pipelines_table.latents(other, call), pipelines_table.latents(pipe, call))
     with pytest.raises(ValueError, match="denoise together"):
         families.make("wan_2_2")[0].prune(macs=0.1, conditions=[call], **attentions)
+
+
+@pytest.mark.parametrize("command", ["sweep", "additivity"])
+def test_scores_of_two_denoisers_are_refused_before_anything_is_loaded(command, tmp_path, capsys):
+    two = ld_pruner_hf.OperatorScores((), "", "", "A+A", "transformer+transformer_2", {}, "latent-shift")
+    two.save(tmp_path / "scores.json")
+    argv = [command, "no-such-pipeline", "--scores", str(tmp_path / "scores.json"), "-o", str(tmp_path / "out")]
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert f"{command}: got transformer and transformer_2" in error and "--component transformer" in error
+    assert "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+def test_a_benchmark_takes_one_of_two_denoisers(tmp_path):
+    pipe, call = families.make("wan_2_2")
+    settings = BenchmarkSettings(conditions=[call], num_inference_steps=2)
+    with pytest.raises(ValueError, match=r"benchmark: got transformer and transformer_2.*--component transformer "):
+        Benchmark(pipe, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+    assert Benchmark(pipe, tmp_path / "out", replace(settings, component="transformer_2")).name == "transformer_2"
 
 
 def test_prior_and_decoder_are_found():

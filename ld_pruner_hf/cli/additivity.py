@@ -7,7 +7,9 @@ from pathlib import Path
 
 from ..additivity import measure_additivity
 from ..curves import additivity_figure
+from ..latents import only_one
 from ..loading import load_pipeline
+from ..plan import SEVERAL
 from ..planning import OPERATORS_ONLY
 from ..report import figure_png, require_matplotlib
 from ..scores import OperatorScores
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     how = {name: value for name, value in scoring_arguments(args).items() if name not in OPERATORS_ONLY}
     scores = OperatorScores.load(args.scores)
+    only_one(scores.component.split(SEVERAL), NAME)
     scores = scores.with_criterion(args.criterion or scores.criterion)
     require_matplotlib()
     pipe = load_pipeline(args.pipeline, args.dtype, args.device)
