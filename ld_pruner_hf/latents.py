@@ -223,7 +223,8 @@ def make_conditions(
     call_kwargs = dict(call_kwargs or {})
     parameters = call_parameters(pipe)
     if conditions is None:
-        if "prompt" in parameters and not {"prompt", "prompt_embeds"} & set(call_kwargs):
+        given = any(name == "prompt" or name.startswith("prompt_embeds") for name in call_kwargs)
+        if "prompt" in parameters and not given:
             conditions = default_prompts()
         else:
             conditions = [{}]

@@ -180,13 +180,14 @@ EXTRAS: dict[str, Callable[[], Any]] = {
 """Arguments that a family's own call does not have."""
 
 
+OTHERS = ("DiffusionPipeline", "AutoPipeline", "Flax", "Onnx")
+
+
 def pipeline_classes() -> dict[str, Any]:
     """All pipeline classes that diffusers exports, those included that stand for one whose packages are missing."""
     found = {}
-    for name in sorted(n for n in dir(diffusers) if "Pipeline" in n):
+    for name in sorted(n for n in dir(diffusers) if "Pipeline" in n and not n.startswith(OTHERS)):
         kind = getattr(diffusers, name)
-        if name == "DiffusionPipeline" or name.startswith(("AutoPipeline", "Flax", "Onnx")):
-            continue
         if inspect.isclass(kind) and (hasattr(kind, "_backends") or issubclass(kind, diffusers.DiffusionPipeline)):
             found[name] = kind
     return found

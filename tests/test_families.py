@@ -15,7 +15,7 @@ import video_families  # noqa: F401
 import ld_pruner_hf
 from ld_pruner_hf import cli
 from ld_pruner_hf.benchmark import Benchmark, BenchmarkSettings
-from ld_pruner_hf.latents import RecordedCall
+from ld_pruner_hf.latents import RecordedCall, make_conditions
 from ld_pruner_hf.profiling import run
 
 NAMES = [*families.FAMILIES, "ace_step", "kandinsky_combined", "flux2", "z_image"]
@@ -130,6 +130,11 @@ def test_prior_and_decoder_are_found():
     pipe, call = families.make("kandinsky_combined")
     kinds = {"kinds": "Attention", "num_inference_steps": 1, "seeds": 1}
     assert set(pipe.score(conditions=[call], **kinds).component.split("+")) == {"unet", "prior_prior"}
+
+
+def test_embeddings_of_several_encoders_stand_for_a_prompt():
+    pipe, call = families.make("hidream")
+    assert "prompt_embeds_t5" in call and make_conditions(pipe, None, call) == [call]
 
 
 def test_helpers_of_the_denoiser_are_no_denoisers():
