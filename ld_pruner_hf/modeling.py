@@ -88,13 +88,14 @@ def _merged(earlier: PruningPlan, plan: PruningPlan) -> PruningPlan:
     )
 
 
-def remove_unused_(model: nn.Module, unused: Sequence[Modification]) -> tuple[Modification, ...]:
-    """Take out of a pruned model what nothing uses any more, and add it to the plan in its config."""
+def remove_unused_(model: nn.Module, unused: Sequence[Modification], done: PruningPlan) -> PruningPlan:
+    """Take out of a pruned model what nothing uses any more, and add it to the plan in its config and to `done`, its last part."""
     plan = plan_of(model)
     assert plan is not None
     counted = replace_for_good_(model, unused)
-    _record(model, replace(plan, unused=(*plan.unused, *counted)))
-    return counted
+    _record(model, plan.without_unused(counted))
+    earlier = set(plan.paths) - set(done.paths)
+    return done.without_unused(m for m in counted if m.path not in earlier)
 
 
 def _record(model: nn.Module, plan: PruningPlan) -> None:

@@ -138,7 +138,7 @@ def _apply_(
     with preserved(pipe):
         record = to_stock_(model, call, name)
         if record is None and (unused := find_unused(model, call, unread)):
-            done = replace(done, unused=(*done.unused, *remove_unused_(model, unused)))
+            done = remove_unused_(model, unused, done)
         if before is not None:
             done = _compare(done, before, profile_call(model, call))
     return replace(done, how={**done.how, "saved_as": _saved_as(model, record)})

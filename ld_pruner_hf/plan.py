@@ -315,6 +315,16 @@ class PruningPlan:
     def macs_removed(self) -> int:
         return sum(m.macs_removed for m in self.modifications)
 
+    def without_unused(self, unused: Iterable[Modification]) -> PruningPlan:
+        """The plan that takes these out, too. What it replaces already, and nothing uses, gets the stand-in given here."""
+        new = {m.path: m for m in unused}
+        modifications = []
+        for m in self.modifications:
+            if (lighter := new.pop(m.path, None)) is not None:
+                m = replace(m, stand_in=lighter.stand_in, params_removed=m.params_removed + lighter.params_removed)
+            modifications.append(m)
+        return replace(self, modifications=tuple(modifications), unused=(*self.unused, *new.values()))
+
     def by_component(self) -> dict[str, PruningPlan]:
         """component -> the plan for it alone. A plan for several components names the component in front of each path."""
         if SEVERAL not in self.component:

@@ -22,8 +22,8 @@ from .replacements import StandIn
 from .surgery import applied, count_params
 from .watching import watch_call
 
-SMALL = 5_000_000
-"""Parameters below which a real backward pass is quicker than one on `meta`, which is Python."""
+SMALL = 2e10
+"""Parameters times input values below which a real backward pass is quicker than one on `meta`, where many are Python."""
 
 
 def _floats(value: Any) -> list[torch.Tensor]:
@@ -33,8 +33,8 @@ def _floats(value: Any) -> list[torch.Tensor]:
 def unread_modules(model: nn.Module, call: RecordedCall) -> set[str]:
     """Paths of the modules that run in the call and on whose outputs none of the model's outputs depends.
 
-    The model runs on the `meta` device, without memory, or as it is: a small model first so, which is quicker, any other only if
-    `meta` fails. Empty if it cannot be differentiated.
+    The model runs on the `meta` device, without memory, or as it is: in a small call at once, which is quicker, else only if `meta`
+    fails. Empty if it cannot be differentiated.
     """
     outputs: dict[str, list[torch.Tensor]] = {}
 
@@ -46,7 +46,8 @@ def unread_modules(model: nn.Module, call: RecordedCall) -> set[str]:
         with torch.enable_grad():
             tracked = call.mapped(lambda t: t.detach().requires_grad_().clone() if t.is_floating_point() else t)
             runs = [on_meta(model, tracked), lambda: run(model, tracked)]
-            first, second = reversed(runs) if count_params(model) < SMALL else runs
+            values = max((t.numel() for t in _floats((call.args, call.kwargs))), default=1)
+            first, second = reversed(runs) if count_params(model) * values < SMALL else runs
             try:
                 result = first()
             except Exception:  # memory; or values are read, which `meta` tensors do not have
@@ -67,8 +68,8 @@ def unread_modules(model: nn.Module, call: RecordedCall) -> set[str]:
 
 
 def find_unused(model: nn.Module, call: RecordedCall, before: set[str]) -> list[Modification]:
-    """What else can go out of a pruned model with the output of the call the same to the last bit; the outermost modules in
-    which nothing was replaced.
+    """What else can go out of a pruned model with the output of the call the same to the last bit: the outermost modules in
+    which nothing was replaced, and stand-ins with weights.
 
     Args:
         before: `unread_modules` of the model before it was pruned; these stay, other calls may use them.
@@ -79,12 +80,18 @@ def find_unused(model: nn.Module, call: RecordedCall, before: set[str]) -> list[
     seen = watch_call(model, call)
     found: list[Modification] = []
     for path, module in model.named_modules():
-        if path not in unread or path not in seen or any(is_inside(path, m.path) for m in found):
+        if path not in unread or any(is_inside(path, m.path) for m in found):
             continue
-        if not (specs := seen[path].specs) or any(isinstance(inner, StandIn) for inner in module.modules()):
+        if isinstance(module, StandIn):
+            specs = [module.spec] if count_params(module) else []
+        else:
+            is_whole = path in seen and not any(isinstance(inner, StandIn) for inner in module.modules())
+            specs = list(seen[path].specs) if is_whole else []
+        if not specs:
             continue
-        rules = tuple(rule if rule.rule == "identity" else replace(rule, rule="zero") for rule in specs[0].rules)
-        found.append(Modification(path, type(module).__name__, StandInSpec(rules, specs[0].structure)))
+        spec = specs[0]
+        rules = tuple(rule if rule.rule == "identity" else replace(rule, rule="zero") for rule in spec.rules)
+        found.append(Modification(path, type(module).__name__, StandInSpec(rules, spec.structure)))
     return found if found and _changes_nothing(model, call, found) else []
 
 

@@ -107,7 +107,8 @@ def prune_and_save(build: Callable[[], families.Built], folder: Path, component:
     for i, target in enumerate(targets):
         pipe, call = build()
         before = count_params(getattr(pipe, scores.component))
-        done = pipe.prune(target, **({"scores": scores} if isinstance(target, int) else {}), component=component)
+        given = {"scores": scores} if isinstance(target, int) else {}
+        done = pipe.prune(target, **given, component=component, conditions=[call])
         assert len(done) == (target if isinstance(target, int) else len(blocks))
         assert count_params(getattr(pipe, scores.component)) == before - done.params_removed
         after = latents(pipe, call)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ld_pruner_hf import OutputRule, StandInSpec
 from ld_pruner_hf.replacements import Adapter, StandIn, stand_in_cost
@@ -22,6 +23,22 @@ def run(rule: OutputRule, *args, **kwargs):
 def test_identity_returns_its_input(make):
     x = torch.randn(2, 4, 5, 5)
     assert torch.equal(run(make(), x), x)
+
+
+def test_an_identity_runs_no_tensor_operation():
+    operations = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(function)
+            return function(*args, **(kwargs or {}))
+
+    x, stand_in = torch.randn(2, 4), StandIn(StandInSpec((OutputRule("x", 0, "identity"),)))
+    with Noted():
+        assert stand_in(x) is x and stand_in(x=x) is x
+        assert not operations and not stand_in.state_dict()
+        run(adapt(), x)
+    assert operations
 
 
 @pytest.mark.parametrize(("size", "pooled"), [((8, 8), (4, 4)), ((7, 5), (4, 3)), ((1, 2), (1, 1))])

@@ -56,6 +56,26 @@ def test_what_fed_only_removed_operators_goes_too(family, tmp_path):
     assert torch.equal(pipelines_table.latents(other, call), expected)
 
 
+def test_a_stand_in_that_nothing_reads_loses_its_weights(pipe, tmp_path):
+    """A feed-forward whose last layer is zero: the 1x1 convolution in place of its first layer has no effect."""
+    call = {"prompt": "red heart"}
+    first, last = f"{BLOCK}.ff.net.0", f"{BLOCK}.ff.net.2"
+    plan = plan_of_zeros(pipe, call, "unet", first, last)
+    assert [m.stand_in.name for m in plan] == ["conv1x1", "zero"]
+    before = count_params(pipe.unet)
+    with applied(pipe.unet, plan):
+        expected = pipelines_table.latents(pipe, call)
+    done = pipe.prune(plan, **call)
+    assert [(m.path, m.stand_in.name) for m in done] == [(first, "zero"), (last, "zero")]
+    assert [m.path for m in done.unused] == [f"{BLOCK}.norm3"] and ld_pruner_hf.plan_of(pipe.unet).paths == done.paths
+    assert not [key for key in pipe.unet.state_dict() if key.startswith((first, last))]
+    assert count_params(pipe.unet) == before - done.params_removed
+    assert torch.equal(pipelines_table.latents(pipe, call), expected)
+    pipe.save_pretrained(tmp_path)
+    again = tiny.quiet(DiffusionPipeline.from_pretrained(tmp_path))
+    assert torch.equal(pipelines_table.latents(again, call), expected)
+
+
 def test_nothing_is_unused_where_all_is_read(pipe):
     call = {"prompt": "red heart"}
     plan = plan_of_zeros(pipe, call, "unet", "mid_block.attentions.0")
