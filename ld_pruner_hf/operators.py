@@ -61,12 +61,15 @@ def on_meta(model: nn.Module, call: RecordedCall) -> Callable[[], Any]:
             return type(value)(to_meta(v) for v in value)
         return {k: to_meta(v) for k, v in value.items()} if isinstance(value, dict) else value
 
+    def weights(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
+
     args, kwargs = to_meta(call.args), to_meta(call.kwargs)
-    own = {id(t): t.detach().to("meta") for t in (*model.parameters(), *model.buffers())}
+    own = {id(t): weights(t) for t in (*model.parameters(), *model.buffers())}
 
     def go() -> Any:
         named = (*model.named_parameters(), *model.named_buffers())
-        tensors = {n: own[id(t)] if id(t) in own else t.detach().to("meta") for n, t in named}
+        tensors = {n: own[id(t)] if id(t) in own else weights(t) for n, t in named}
         with calling(model, call.method), plain_attributes_kept(model):
             return torch.func.functional_call(model, tensors, *tree_map(lambda value: value, (args, kwargs)))
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import ld_pruner_hf
-from ld_pruner_hf import Modification, PruningPlan
+from ld_pruner_hf import Modification, PruningPlan, unused
 from ld_pruner_hf.surgery import applied, architecture_of, count_params
 from ld_pruner_hf.unused import unread_modules
 
@@ -36,7 +36,7 @@ ZEROS = {
 
 @pytest.mark.parametrize("family", ZEROS)
 def test_what_fed_only_removed_operators_goes_too(family, tmp_path):
-    component, paths, unused = ZEROS[family]
+    component, paths, expected_unused = ZEROS[family]
     pipe, call = families.make(family)
     model = getattr(pipe, component)
     plan = plan_of_zeros(pipe, call, component, *paths)
@@ -44,8 +44,8 @@ def test_what_fed_only_removed_operators_goes_too(family, tmp_path):
     with applied(model, plan):
         expected = pipelines_table.latents(pipe, call)
     done = pipe.prune(plan, **call)
-    assert done.paths == paths and {m.path: m.params_removed for m in done.unused} == unused
-    assert not [key for key in model.state_dict() if any(key.startswith(f"{path}.") for path in unused)]
+    assert done.paths == paths and {m.path: m.params_removed for m in done.unused} == expected_unused
+    assert not [key for key in model.state_dict() if any(key.startswith(f"{path}.") for path in expected_unused)]
     assert count_params(model) == before - done.params_removed
     assert torch.equal(pipelines_table.latents(pipe, call), expected)
     pipe.save_pretrained(tmp_path)
@@ -92,6 +92,20 @@ def test_outputs_that_nothing_reads():
             return self.read(x) + torch.zeros_like(self.shape_only(self.inner(x)))
 
     assert unread_modules(Net(), ld_pruner_hf.operators.recorded({"x": torch.ones(2, 4)})) == {"shape_only", "inner"}
+
+
+@pytest.mark.parametrize("small", [0, float("inf")], ids=["meta", "real"])
+def test_what_computes_on_constants_is_found_on_meta_too(small, monkeypatch):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.constant = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + torch.zeros_like(self.constant(torch.zeros(4, device=x.device)))
+
+    monkeypatch.setattr(unused, "SMALL", small)
+    assert unused.unread_modules(Net(), ld_pruner_hf.operators.recorded({"x": torch.ones(2, 4)})) == {"constant"}
 
 
 def test_pruned_again(pipe):
