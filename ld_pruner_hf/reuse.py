@@ -99,6 +99,9 @@ class FirstStep:
 
         def find(_: nn.Module, args: Any, kwargs: Any) -> None:
             nonlocal current
+            current = None
+            if torch.is_grad_enabled():  # guidance by gradients needs the graph of this call
+                return
             arguments = tree_flatten((args, kwargs))
             current = next((kept for kept in self.calls if _equal(kept.arguments, arguments)), None)
 

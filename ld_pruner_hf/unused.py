@@ -36,6 +36,25 @@ def unread_modules(model: nn.Module, call: RecordedCall) -> set[str]:
     The model runs on the `meta` device, without memory, or as it is: in a small call at once, which is quicker, else only if `meta`
     fails. Empty if it cannot be differentiated.
     """
+
+    def tracked() -> RecordedCall:
+        return call.mapped(lambda t: t.detach().requires_grad_().clone() if t.is_floating_point() else t)
+
+    runs: list[Callable[[], Any]] = [lambda: on_meta(model, tracked())(), lambda: run(model, tracked())]
+    values = max((t.numel() for t in _floats((call.args, call.kwargs))), default=1)
+    if count_params(model) * values < SMALL:
+        runs.reverse()
+    for go in runs:
+        try:
+            return _unread(model, go)
+        except (
+            Exception
+        ):  # memory; values are read, which `meta` tensors do not have; quantized weights; writes in place
+            continue
+    return set()
+
+
+def _unread(model: nn.Module, go: Callable[[], Any]) -> set[str]:
     outputs: dict[str, list[torch.Tensor]] = {}
 
     def keep(path: str) -> Callable[..., None]:
@@ -44,17 +63,7 @@ def unread_modules(model: nn.Module, call: RecordedCall) -> set[str]:
     handles = [module.register_forward_hook(keep(path)) for path, module in model.named_modules() if path]
     try:
         with torch.enable_grad():
-            tracked = call.mapped(lambda t: t.detach().requires_grad_().clone() if t.is_floating_point() else t)
-            runs = [on_meta(model, tracked), lambda: run(model, tracked)]
-            values = max((t.numel() for t in _floats((call.args, call.kwargs))), default=1)
-            first, second = reversed(runs) if count_params(model) * values < SMALL else runs
-            try:
-                result = first()
-            except Exception:  # memory; or values are read, which `meta` tensors do not have
-                outputs.clear()
-                result = second()
-    except Exception:  # cannot be differentiated, as quantized weights cannot: nothing is known
-        return set()
+            result = go()
     finally:
         for handle in handles:
             handle.remove()

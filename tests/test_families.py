@@ -137,6 +137,19 @@ def test_embeddings_of_several_encoders_stand_for_a_prompt():
     assert "prompt_embeds_t5" in call and make_conditions(pipe, None, call) == [call]
 
 
+def test_guidance_by_gradients_is_scored():
+    pipe, call = families.make("attend_and_excite")
+    scores = pipe.score(conditions=[call], num_inference_steps=2, seeds=1, kinds="ResnetBlock2D")
+    assert len(scores) and [row.error for row in scores] == [None] * len(scores)
+
+
+def test_changes_in_place_are_no_obstacle():
+    """CogVideoX writes into its rotary embeddings."""
+    pipe, call = families.make("cogvideox_image_to_video")
+    scores = pipe.score(conditions=[call], num_inference_steps=1, seeds=1, include="transformer_blocks.1.ff*")
+    assert len(pipe.prune(1, scores=scores, conditions=[call], num_inference_steps=1)) == 1
+
+
 def test_helpers_of_the_denoiser_are_no_denoisers():
     pipe, call = families.make("sd_controlnet")
     assert pipe.score(conditions=[call], num_inference_steps=1, seeds=1, kinds="Downsample2D").component == "unet"

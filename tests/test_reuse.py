@@ -96,6 +96,7 @@ def test_outputs_that_were_written_into_are_not_given_back(everything_kept):
         assert not step.calls[0].has("first") and step.calls[0].has("inner")
 
 
+@torch.no_grad()
 def test_other_arguments_are_computed(everything_kept):
     model, x = Two(), torch.randn(3, 4)
     step = first_step(model, x)
@@ -109,6 +110,18 @@ def test_other_arguments_are_computed(everything_kept):
     with step.reused(["last"]):
         assert not torch.equal(model(x), plain), "the same arguments use what is kept"
     assert torch.equal(model(x), plain), "and after that nothing does"
+
+
+def test_calls_that_record_gradients_are_computed(everything_kept):
+    """Guidance by gradients differentiates through the call; what was kept is no part of its graph."""
+    model, x = Two(), torch.randn(3, 4)
+    step = first_step(model, x)
+    step.calls[0].outputs["inner"] = step.calls[0].outputs["inner"][0].zero_(), (1,)
+    plain = model(x)
+    with step.reused(["last"]):
+        assert torch.equal(model(x), plain)
+        with torch.no_grad():
+            assert not torch.equal(model(x), plain)
 
 
 def test_spans_of_one_call():
