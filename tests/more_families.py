@@ -311,6 +311,16 @@ def prx() -> Built:
 
 
 @further
+def prx_pixel() -> Built:
+    transformer = d.PRXTransformer2DModel(
+        in_channels=3, patch_size=2, context_in_dim=16, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=2,
+        axes_dim=[4, 4],
+    )  # fmt: skip
+    _, call = prx()
+    return assemble(d.PRXPixelPipeline, transformer=transformer, scheduler=flow()), call
+
+
+@further
 def ovis_image() -> Built:
     transformer = d.OvisImageTransformer2DModel(
         in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,

@@ -384,3 +384,46 @@ def if_img2img_super_resolution() -> Built:
 def if_inpainting_super_resolution() -> Built:
     call = {"image": picture(8), "original_image": picture(16), "mask_image": mask(16), "strength": 1.0}
     return if_with(d.IFInpaintingSuperResolutionPipeline, call)
+
+
+@further
+def kandinsky_inpaint() -> Built:
+    call = {"image": picture(32), "mask_image": mask(32)}
+    unet = families.kandinsky_unet(in_channels=9)
+    return with_component("kandinsky_decoder", d.KandinskyV22InpaintPipeline, call, unet=unet)
+
+
+@further
+def wuerstchen_combined() -> Built:
+    prior = {f"prior_{k}": v for k, v in families.MORE["wuerstchen_prior"]()[0].components.items()}
+    decoder = families.MORE["wuerstchen_decoder"]()[0].components
+    call = {"prompt": "red heart", "prior_num_inference_steps": 2, "height": 128, "width": 128}
+    return d.WuerstchenCombinedPipeline(**decoder, **prior), call
+
+
+@further
+def z_image_controlnet() -> Built:
+    pipe, call = families.MORE["z_image"]()
+    controlnet = d.ZImageControlNetModel(
+        control_layers_places=[0], control_refiner_layers_places=[0], control_in_dim=4, dim=32, n_refiner_layers=1,
+        n_heads=2, n_kv_heads=2,
+    )  # fmt: skip
+    pipe = d.ZImageControlNetPipeline(**pipe.components, controlnet=controlnet)
+    return pipe, {**call, "control_image": picture(32)}
+
+
+@further
+def gligen_with_images() -> Built:
+    from diffusers.pipelines.stable_diffusion import CLIPImageProjection
+
+    parts = {
+        "unet": tiny.unet(attention_type="gated-text-image"), "image_encoder": vision(), "processor": image_processor(),
+        "image_project": CLIPImageProjection(hidden_size=32),
+    }  # fmt: skip
+    call = {"gligen_phrases": ["cat"], "gligen_images": [picture()], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]}
+    return with_component("sd", d.StableDiffusionGLIGENTextImagePipeline, call, **parts)
+
+
+@further
+def audio_diffusion() -> Built:
+    return tiny.audio_diffusion(), {}
