@@ -48,10 +48,13 @@ UNLOADED, UNTRIED = "was not loaded again yet", "not tried yet"
 REASONS = {
     "EasyAnimateControlPipeline": "fails in diffusers itself: its `encode_prompt` does not take `text_encoder_index`",
     "EasyAnimateInpaintPipeline": "fails in diffusers itself: it reads `vae.config.cache_mag_vae`, which does not exist",
+    "KarrasVePipeline": "prunes and runs, but diffusers cannot load the scheduler that it saves",
     "LEditsPPPipelineStableDiffusion": "needs a call of its `invert` before",
     "LEditsPPPipelineStableDiffusionXL": "needs a call of its `invert` before",
     "OmniGenPipeline": "its processor needs torchvision, which is not installed here",
     "ScoreSdeVePipeline": "its scheduler has no `step`, but a predictor and a corrector",
+    "StableDiffusionControlNetXSPipeline": "prunes and runs, but unpruned, too, diffusers loads it with other outputs",
+    "StableDiffusionXLControlNetXSPipeline": "prunes and runs, but unpruned, too, diffusers loads it with other outputs",
     "StableDiffusionParadigmsPipeline": "needs a scheduler that steps in parallel, no tiny one here",
     "TextToVideoZeroPipeline": "makes its motion between steps 44 and 47, and two are run here",
     "TextToVideoZeroSDXLPipeline": "makes its motion between steps 44 and 47, and two are run here",
