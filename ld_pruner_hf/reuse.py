@@ -72,18 +72,30 @@ class FirstStep:
                 self._record(run, keep)
 
     def _record(self, run: Callable[[], Any], keep: set[str]) -> None:
+        inside = False  # a ControlNet may share modules with the model, and run them by itself
+
         def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal inside
+            inside = True
             leaves, structure = tree_flatten((args, kwargs))
             copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
             self.calls.append(_Kept((copies, structure)))
 
+        def end(*_: Any) -> None:
+            nonlocal inside
+            inside = False
+
         def hold(path: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: Any, output: Any) -> None:
-                self.calls[-1].outputs[path] = output, _versions(output)
+                if inside:
+                    self.calls[-1].outputs[path] = output, _versions(output)
 
             return hook
 
-        handles = [self.model.register_forward_pre_hook(begin, with_kwargs=True)]
+        handles = [
+            self.model.register_forward_pre_hook(begin, with_kwargs=True),
+            self.model.register_forward_hook(end),
+        ]
         handles += [self.model.get_submodule(path).register_forward_hook(hold(path)) for path in keep]
         try:
             run()
@@ -105,6 +117,10 @@ class FirstStep:
             arguments = tree_flatten((args, kwargs))
             current = next((kept for kept in self.calls if _equal(kept.arguments, arguments)), None)
 
+        def end(*_: Any) -> None:
+            nonlocal current
+            current = None
+
         def returning(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(forward)
             def returned(*args: Any, **kwargs: Any) -> Any:
@@ -118,9 +134,10 @@ class FirstStep:
             yield
             return
         kept = [path for path in paths if path in self.calls[0].outputs]
-        handle = self.model.register_forward_pre_hook(find, with_kwargs=True)
+        handles = [self.model.register_forward_pre_hook(find, with_kwargs=True), self.model.register_forward_hook(end)]
         with ExitStack() as stack:
-            stack.callback(handle.remove)
+            for handle in handles:
+                stack.callback(handle.remove)
             for path in kept:
                 module = self.model.get_submodule(path)
                 stack.enter_context(patched(module, "forward", functools.partial(returning, path)))

@@ -200,6 +200,7 @@ EXTRAS: dict[str, Callable[[], Any]] = {
     "padding_mask_crop": lambda: None,
     "prompt": lambda: None,  # embeddings stand for it
     "_auto_resize": lambda: False,
+    "max_area": lambda: 256,
     "height": lambda: 32,
     "width": lambda: 32,
     "processing_resolution": lambda: 0,

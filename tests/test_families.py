@@ -143,6 +143,13 @@ def test_guidance_by_gradients_is_scored():
     assert len(scores) and [row.error for row in scores] == [None] * len(scores)
 
 
+def test_modules_that_a_controlnet_shares_and_runs():
+    pipe, call = families.make("z_image_controlnet")
+    assert pipe.controlnet.t_embedder is pipe.transformer.t_embedder
+    scores = pipe.score(conditions=[call], num_inference_steps=2, seeds=1, include="layers.*.feed_forward")
+    assert len(scores) and [row.error for row in scores] == [None] * len(scores)
+
+
 def test_changes_in_place_are_no_obstacle():
     """CogVideoX writes into its rotary embeddings."""
     pipe, call = families.make("cogvideox_image_to_video")
