@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .batching import quickest_batch_size
 from .criteria import block_influence, magnitude, output_error, random_scores, taylor
 from .effort import EFFORTS, ROWS_IN_A_CALL, Budget, estimate_moves
 from .latents import (
@@ -181,7 +182,7 @@ def score_operators(
     kinds: str | Sequence[str] | None = None,
     standins: str = "all",
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = 8,
     calibration: int = 64,
     effort: str = "exact",
     k: int | None = None,
@@ -211,7 +212,8 @@ def score_operators(
         include, exclude, kinds: restrict the operators, as in `find_operators`.
         standins: "all" or "paper", as in `find_operators`.
         seed: the first seed.
-        batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside).
+        batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside); None finds the
+            quickest by trial. Scores depend on it no further than rounding goes.
         calibration: how many inputs of the denoiser (a latent at a step) output-error, block-influence and taylor look at;
             they are spread over conditions and steps of the original runs.
         effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 64th and a 450th of its
@@ -239,7 +241,7 @@ def score_operators(
     check_criterion(criterion)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise ValueError(f"seeds: got {seeds!r}, expected how many latents to make per condition, 1 or more")
-    for name, value in (("batch_size", batch_size), ("calibration", calibration)):
+    for name, value in (("batch_size", 1 if batch_size is None else batch_size), ("calibration", calibration)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected 1 or more")
     given = tuple(given)
@@ -282,6 +284,7 @@ def score_operators(
             raise ValueError(
                 f"none of {len(operators)} selected modules can be replaced; see find_operators for the reasons"
             )
+        batch_size = batch_size or quickest_batch_size(pipe, conditions, settings["seeds"], quiet)
         run_of = {"conditions": conditions, "seeds": settings["seeds"], "batch_size": batch_size}
 
         if on_cost is not None:
@@ -588,7 +591,7 @@ def damage_meter(
     pooled: bool = False,
     component: str | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = 8,
     calibration: int = 64,
     **call_kwargs: Any,
 ) -> Iterator[Callable[[Iterable[Modification]], float]]:
@@ -599,6 +602,7 @@ def damage_meter(
     with preserved(pipe):
         component = find_denoiser(pipe, component, **conditions[0])
         model: nn.Module = getattr(pipe, component)
+        batch_size = batch_size or quickest_batch_size(pipe, conditions, range(seed, seed + seeds), quiet=True)
         run_of = {"conditions": conditions, "seeds": range(seed, seed + seeds), "batch_size": batch_size}
         if criterion == "output-error":
             moments = calibration_set(pipe, component, **run_of, size=calibration)

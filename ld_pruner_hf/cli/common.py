@@ -40,6 +40,10 @@ def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return call
 
 
+def _batch_size(text: str) -> int | None:
+    return None if text == "auto" else int(text)
+
+
 def scoring_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `score` that the options ask for; a file of prompts is read here, before anything loads."""
     return {
@@ -128,4 +132,10 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
         "--calibration", type=int, default=64, metavar="N", help="inputs of the denoiser that criteria other than "
         "latent-shift look at",
     )  # fmt: skip
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="latents per pipeline call")
+    group.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        default=8,
+        metavar="N",
+        help="latents per pipeline call; auto finds the quickest by trial",
+    )
