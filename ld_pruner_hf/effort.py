@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,24 +24,25 @@ from .latents import Job
 from .linear import LinearRun, Todo, linear_run
 from .plan import Modification
 from .profiling import run
+from .reuse import FirstStep
 from .selection import competing
 from .surgery import applied
 from .trajectory import Moment, evenly, output_tensor, rows_of
 
-EFFORTS = {"exact": 1, "balanced": 64, "fast": 450}
+EFFORTS = {"exact": 1, "balanced": 50, "fast": 600}
 """effort -> the denoiser inputs of the paper's loop, for each that is spent. "exact" is the loop itself, and the definition.
 
 They go through the denoiser in larger batches than the loop's, so that the time becomes less still.
 """
 
-MAX_LATENTS, MAX_PROBES = 16, 4
+MAX_LATENTS, MAX_PROBES = 16, 2
 ROWS_IN_A_CALL = 8
 AROUND = {"balanced": 4.0, "fast": 1.0}
 """effort -> denoiser calls' worth of MACs for each call, to run the modules around operators."""
 REFINEMENT_POINTS = 24, 64
 STAGES, SURE = 4, 3.0
 """Refinement near the cut is done in so many stages, and stops where rows are so many standard deviations away from it."""
-LINEAR_SHARE = 0.6
+LINEAR_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Budget:
         rest = total - linear.cost(inputs)
         points = int(min(most, linear.latents * inputs, max(least, rest / rows)))
         refined = min(rows, int(rest / points))
-        if k is None and refined < rows / 20:  # too few to matter: better linear estimates instead
+        if refined < (rows / 20 if k is None else k / 4):  # too few to matter: better linear estimates instead
             return cls._linear(effort, total, latents, inputs)
         return replace(linear, refined=refined, points=points)
 
@@ -111,7 +113,7 @@ def estimate_moves(
         on_row: called for each row whose real error has been measured.
 
     Returns:
-        (1 or 2, rows): root mean square moves, from each half of the latents; NaN where there is no estimate.
+        (1 or 2, rows): the mean of each half of the latents; NaN where there is no estimate.
 
     Raises:
         ValueError: the pipeline's arithmetic cannot be differentiated.
@@ -122,7 +124,7 @@ def estimate_moves(
         runs.append(linear_run(pipe, model, job, todo, budget.probes, seed + i, steps, around))
     squares = torch.cat([r.squares.sum(1) for r in runs], dim=1)  # (rows, latents)
     halves = [squares[:, i::2] for i in range(min(2, squares.shape[1]))]
-    moves = torch.stack([half.mean(1).sqrt() for half in halves])
+    moves = torch.stack([half.sqrt().mean(1) for half in halves])
     return _refined(model, todo, runs, moves, budget, k, on_row) if budget.refined else moves
 
 
@@ -137,6 +139,7 @@ def _refined(
 ) -> torch.Tensor:
     """The estimated moves, with the real errors of `budget.refined` rows in their place."""
     points, real = _points(runs, budget.points), torch.full_like(moves, math.nan)
+    same_inputs = FirstStep(model, [partial(run, model, m.call) for m, _ in points], [o.path for o, _ in todo])
     for stage in range(STAGES):
         known = torch.isfinite(real[0])
         mixed = torch.where(known, real / _level(real, moves), moves)
@@ -145,7 +148,8 @@ def _refined(
         rows = [n for n in near.argsort().tolist() if near[n] < far]
         for n in rows[: budget.refined * (stage + 1) // STAGES - int(known.sum())]:
             operator, spec = todo[n]
-            with applied(model, [Modification(operator.path, operator.kind, spec)]):
+            modification = Modification(operator.path, operator.kind, spec)
+            with applied(model, [modification]), same_inputs.reused([operator.path]):
                 real[:, n] = _weighted_errors(model, points, len(moves))
             on_row()
     return torch.where(torch.isfinite(real), real / _level(real, moves), moves)

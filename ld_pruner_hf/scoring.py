@@ -149,6 +149,11 @@ def _costs(operator: Operator, spec: StandInSpec) -> tuple[int, int]:
     return operator.params - params, operator.macs - macs * operator.calls
 
 
+def is_free(operator: Operator, spec: StandInSpec) -> bool:
+    """Whether the operator costs nothing that its stand-in does not: no parameters and no MACs."""
+    return max(_costs(operator, spec)) <= 0
+
+
 def _digest(value: Any) -> str:
     """A short, stable description of a condition for the file of scores; tensors and images by their content."""
     if isinstance(value, torch.Tensor):
@@ -186,6 +191,7 @@ def score_operators(
     calibration: int = 64,
     effort: str = "exact",
     k: int | None = None,
+    skip_free: bool = False,
     given: Iterable[Modification] = (),
     resume_from: Any = None,
     on_cost: Callable[[ScoringCost], None] | None = None,
@@ -216,10 +222,12 @@ def score_operators(
             quickest by trial. Scores depend on it no further than rounding goes.
         calibration: how many inputs of the denoiser (a latent at a step) output-error, block-influence and taylor look at;
             they are spread over conditions and steps of the original runs.
-        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 64th and a 450th of its
+        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 50th and a 600th of its
             denoiser inputs (see `effort` and docs/scoring.md). Estimates go by "latent-shift"; its parts are set equal, and
             stand for the two halves of the latents instead of the conditions.
         k: how many operators will be taken out, if that is known: estimates are then refined where that choice is made.
+        skip_free: leave out stand-ins that take away neither parameters nor MACs (for activations, say): they cannot be chosen
+            then, and save next to no time.
         given: modifications that are in place while each operator is scored; the distances are those of all together from
             the unmodified model. Operators at or inside them are left out; one around some of them takes their place.
         resume_from: path of a file that the rows are written to one by one. If it exists, only what is missing is measured.
@@ -268,6 +276,7 @@ def score_operators(
             **({"given": {m.path: m.stand_in.name for m in given}} if given else {}),
             **({"measured": criterion, "calibration": calibration} if criterion in MEASURED_ALONE else {}),
             **({"effort": effort} if effort != "exact" else {}),
+            **({"skip_free": True} if skip_free else {}),
             **({"k": k} if effort != "exact" and k is not None else {}),
         }
         scores = OperatorScores(
@@ -279,7 +288,7 @@ def score_operators(
             progress=not quiet, **conditions[0],
         )  # fmt: skip
         free = [o for o in operators if not any(o.path == m.path or is_inside(o.path, m.path) for m in given)]
-        todo = [(o, spec) for o in free for spec in o.stand_ins]
+        todo = [(o, spec) for o in free for spec in o.stand_ins if not (skip_free and is_free(o, spec))]
         if not todo:
             raise ValueError(
                 f"none of {len(operators)} selected modules can be replaced; see find_operators for the reasons"

@@ -126,19 +126,15 @@ def test_gains_say_how_errors_grow(pipe):
     assert run.owners[2].tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
 
 
-def test_estimates_rank_as_the_loop_does(pipe):
+def test_estimates_rank_as_the_loop_does(pipe, monkeypatch):
+    """With three random models and two draws each: .98 to .99 (two loops with other seeds: .99); with a tenth .82 to .93."""
     how = {"conditions": tiny.PROMPTS, "include": ["mid_block", "up_blocks.0"], "num_inference_steps": 3}
     exact = pipe.score(**how)
-    EFFORTS["a tenth"] = 10
-    try:
-        estimated = pipe.score(effort="a tenth", **how)
-    finally:
-        del EFFORTS["a tenth"]
+    monkeypatch.setitem(EFFORTS, "as much as the loop", 1)
+    estimated = pipe.score(effort="as much as the loop", **how)
     a, b = ([r.score() for r in scores] for scores in (exact, estimated))
     order = [torch.tensor(v).argsort().argsort().double() for v in (a, b)]
-    assert torch.corrcoef(torch.stack(order))[0, 1] > 0.8, (
-        "random weights; trained ones agree better, see docs/scoring.md"
-    )
+    assert torch.corrcoef(torch.stack(order))[0, 1] > 0.95
     ratio = (torch.tensor(b) / torch.tensor(a)).median().item()
     assert 0.3 < ratio < 3, "estimates are in the units of the loop"
 
@@ -181,6 +177,7 @@ def test_a_pipeline_that_cannot_be_differentiated_says_so(pipe, monkeypatch):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
+        ({"effort": "fast", "k": 0}, "k: got 0, expected a whole number of operators"),
         ({"effort": "slow"}, "effort: got 'slow', expected one of"),
         ({"effort": "fast", "criterion": "random"}, "only latent shifts are estimated"),
         ({"effort": "fast", "component": "vae"}, "which decodes; use effort='exact'"),
