@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 FEATURE_LOSSES = ("mse", "normalised")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
@@ -109,7 +110,7 @@ class NoiseProcess:
 
 def squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Mean-squared error of each sample, (B,), in float32."""
-    return (a.float() - b.float()).square().flatten(1).mean(dim=1)
+    return functional.mse_loss(a.float(), b.float(), reduction="none").flatten(1).mean(dim=1)
 
 
 def feature_error(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse") -> torch.Tensor:

@@ -313,7 +313,8 @@ def preserved(pipe: Any) -> Iterator[None]:
     training = [m.training for m in modules]
     try:
         for module in modules:
-            module.training = False
+            if module.training:  # setting an attribute of a module is slow
+                module.training = False
         pipe._progress_bar_config = {"disable": True}
         if hasattr(pipe, "scheduler"):
             pipe.scheduler = copy.deepcopy(pipe.scheduler)
@@ -321,7 +322,8 @@ def preserved(pipe: Any) -> Iterator[None]:
             yield
     finally:
         for module, flag in zip(modules, training, strict=True):
-            module.training = flag
+            if module.training != flag:
+                module.training = flag
         vars(pipe).clear()
         vars(pipe).update(attributes)
         torch.set_rng_state(rng[0])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -404,6 +406,50 @@ def test_losses_and_pictures_go_to_tensorboard(run):
     assert [e.step for e in reader.Images("validation")] == [0, 2]
 
 
+def test_losses_and_pictures_go_to_wandb(run, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    logged, log = [], wandb.Run.log
+    monkeypatch.setattr(
+        wandb.Run, "log", lambda self, data, *a, **k: (logged.append((data, k)), log(self, data, *a, **k))
+    )
+    out = run("--report_to", "wandb", "--validation_prompts", "pizza", "--validation_steps", 2)
+    assert [d["loss"] for d, _ in logged if "loss" in d] == pytest.approx([r["loss"] for r in losses(out)])
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert len(list(folder.rglob("validation*.png"))) == 2 and list(folder.glob("*.wandb"))
+
+
+def test_losses_and_pictures_go_to_trackio(folder, tmp_path):
+    pytest.importorskip("trackio")
+    flags = (
+        "--report_to",
+        "trackio",
+        "--validation_prompts",
+        "pizza",
+        "--validation_steps",
+        2,
+        "--output_dir",
+        tmp_path / "out",
+    )
+    student = ("--teacher", folder / "sd", "--student", folder / "sd-pruned")
+    launch(
+        ["accelerate.commands.launch", "--cpu", "--num_processes", "1"],
+        *(*student, *FAST, *flags), TRACKIO_DIR=str(tmp_path / "trackio"),
+    )  # fmt: skip
+    with sqlite3.connect(tmp_path / "trackio" / "distill.db") as database:
+        rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics order by step")]
+    assert [r["loss"] for r in rows if "loss" in r] == pytest.approx([r["loss"] for r in losses(tmp_path / "out")])
+    assert len(list((tmp_path / "trackio").rglob("*.png"))) == 2
+
+
+def test_eight_bit_adam(run):
+    pytest.importorskip("bitsandbytes")
+    outs = [run("--max_train_steps", 5, *flags) for flags in ((), ("--use_8bit_adam",))]
+    ours, eight = ([r["loss"] for r in losses(out)] for out in outs)
+    assert eight == pytest.approx(ours, rel=0.05) and eight != ours
+
+
 def test_other_kinds_of_targets(folder, run, tmp_path):
     pipe = tiny.stable_diffusion()
     pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=100))
@@ -535,12 +581,15 @@ def test_there_are_recipes_for_each_setting_of_the_papers():
         (["--task_weight", "0", "--output_weight", "0", "--feature_weight", "0"], "all are 0"),
         (["--random_flip"], "--random_flip"),
         (["--report_to", "wandb"], "wandb is not installed"),
+        (["--use_8bit_adam"], "bitsandbytes is not installed"),
         (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--no_such_flag"], "--no_such_flag"),
     ],
 )
 def test_wrong_flags_are_named_before_anything_is_loaded(folder, run, capsys, monkeypatch, flags, message):
     monkeypatch.setattr(distill, "load_pipeline", lambda *_: pytest.fail("a pipeline was loaded"))
+    for optional in ("wandb", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, optional, None)
     flags = [str(folder / f) if (folder / f).exists() else f for f in flags]
     with pytest.raises(SystemExit):
         run(*flags)

@@ -61,5 +61,9 @@ def log_grid(accelerator, grid, step):
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
+        elif tracker.name == "trackio":  # accelerate has no log_images for it
+            import trackio
+
+            tracker.log({"validation": trackio.Image(grid)}, step=step)
         else:
             tracker.log_images({"validation": [grid]}, step=step)
