@@ -249,7 +249,8 @@ def test_refinement_ends_when_no_row_is_near_enough_to_matter(pipe, monkeypatch)
     assert 4 <= len(order) < 8, "the first stage of four, then no more than what is at the cut itself"
 
 
-def test_prune_says_how_many_and_keeps_how_sure_the_choice_is(pipe, capsys):
+def test_prune_says_how_many_and_keeps_how_sure_the_choice_is(pipe, capsys, monkeypatch):
+    monkeypatch.setitem(EFFORTS, "balanced", 4)  # enough for both halves of the latents
     pipe.set_progress_bar_config(disable=False)
     plan = make_plan(pipe, 5, effort="balanced", conditions=tiny.PROMPTS, **PART)
     assert plan.how["settings"]["k"] == 5 and 0 <= plan.how["agreement"] <= 1
