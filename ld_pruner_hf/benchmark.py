@@ -70,7 +70,7 @@ class Way:
 DEFAULT_WAYS = (
     *(f"{criterion}:top-k" for criterion in LATENT_SHIFT),
     *(f"{criterion}:knapsack" for criterion in ("latent-shift", *(c for c in CRITERIA if c not in LATENT_SHIFT))),
-    "latent-shift:ratio", "latent-shift:rounds", "latent-shift:rounds+fit",
+    "latent-shift:ratio", "latent-shift:knapsack+fit", "latent-shift:rounds", "latent-shift:rounds+fit",
 )  # fmt: skip
 """The paper's choice in its four forms, every criterion under the same budget, and ours."""
 
