@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from ld_pruner_hf.evaluation import (
     time_in_turns,
     time_pipelines,
 )
-from ld_pruner_hf.evaluation.generation import spectrograms_to_sounds, wav_bytes
+from ld_pruner_hf.evaluation.generation import find_sample_rate, kind_of, spectrograms_to_sounds, wav_bytes
 from ld_pruner_hf.evaluation.speed import macs_per_image, one_sample
 
 STEPS = {"num_inference_steps": 2}
@@ -484,3 +485,10 @@ def test_evaluating_leaves_a_pipeline_as_it_was(tmp_path):
     time_pipelines({"A": pipe}, STEPS, rounds=5)
     assert tiny.differences(before, tiny.snapshot(pipe)) == []
     assert find_operators(pipe, latency=False, progress=False)
+
+
+def test_sound_is_known_by_its_sample_rate():
+    song = SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace(sampling_rate=44100)))  # ACE-Step's
+    assert kind_of(song) == "audio" and find_sample_rate(song) == 44100
+    pictures = SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18)))
+    assert kind_of(pictures) == "image" and find_sample_rate(pictures) is None

@@ -24,6 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from ..evaluation.generation import find_sample_rate
 from ..latents import RecordedCall, call_parameters, find_denoiser, make_jobs, preserved, steps_argument
 from ..loading import load_pipeline, pick_device
 from ..modeling import plan_of
@@ -132,7 +133,7 @@ class Model:
         self.takes_guidance = "guidance_scale" in parameters
         own_guidance = parameters["guidance_scale"].default if self.takes_guidance else 1.0
         self.guidance: float = own_guidance if entry.guidance is None else entry.guidance
-        self.rate = sample_rate(self.pipe)
+        self.rate = find_sample_rate(self.pipe)
         if hasattr(self.pipe, "mel"):  # librosa compiles itself at first use, which takes seconds
             self.pipe.mel.image_to_audio(Image.new("L", (self.pipe.mel.x_res, self.pipe.mel.y_res)))
         self.scores = self._load_scores()
@@ -256,17 +257,6 @@ def time_in_turns(calls: Sequence[tuple[nn.Module, RecordedCall]]) -> list[list[
             for own, (denoiser, call) in zip(times, calls, strict=True):
                 own.append(measure_latency(lambda: run(denoiser, call), device_of(denoiser), repeats=1, warmup=0)[0])  # noqa: B023
     return times
-
-
-def sample_rate(pipe: Any) -> int | None:
-    """Samples a second of the sounds that the pipeline makes; None if it makes none."""
-    if hasattr(pipe, "mel"):
-        return int(pipe.mel.get_sample_rate())
-    for part in ("vocoder", "vae"):
-        rate = getattr(getattr(getattr(pipe, part, None), "config", None), "sampling_rate", None)
-        if rate is not None:
-            return int(rate)
-    return None
 
 
 def to_int16(sound: Any) -> np.ndarray:

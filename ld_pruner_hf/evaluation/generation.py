@@ -27,12 +27,11 @@ RATE_NAMES = ("sampling_rate", "sample_rate")
 
 def kind_of(pipe: Any) -> str:
     """ "audio" for pipelines that make sound, else "image"."""
-    named = type(pipe).__name__.lower()
-    return "audio" if "audio" in named or hasattr(pipe, "mel") or hasattr(pipe, "vocoder") else "image"
+    return "audio" if "audio" in type(pipe).__name__.lower() or find_sample_rate(pipe) else "image"
 
 
-def sample_rate_of(pipe: Any) -> int:
-    """Sample rate of the pipeline's sound in Hz. ValueError if it says none."""
+def find_sample_rate(pipe: Any) -> int | None:
+    """Sample rate in Hz of the sound that the pipeline makes; None if it tells none."""
     if hasattr(pipe, "mel"):
         return int(pipe.mel.get_sample_rate())
     for part in (getattr(pipe, name, None) for name in ("vocoder", "vae")):
@@ -40,7 +39,15 @@ def sample_rate_of(pipe: Any) -> int:
             for name in RATE_NAMES:
                 if rate := getattr(source, name, None):
                     return int(rate)
-    raise ValueError(f"{type(pipe).__name__}: no sample rate found in its mel, vocoder or vae")
+    return None
+
+
+def sample_rate_of(pipe: Any) -> int:
+    """As `find_sample_rate`; ValueError if the pipeline tells none."""
+    rate = find_sample_rate(pipe)
+    if rate is None:
+        raise ValueError(f"{type(pipe).__name__}: no sample rate found in its mel, vocoder or vae")
+    return rate
 
 
 def generate(
