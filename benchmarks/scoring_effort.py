@@ -1,20 +1,23 @@
 """Scoring with less effort against the paper's loop: CPU time, and how far the choice agrees.
 
-    python benchmarks/scoring_effort.py --naive naive.jsonl --output table.csv
+    python benchmarks/scoring_effort.py --pipeline emoji --naive naive.jsonl --output table.csv
 
 The naive loop is the one of the paper as one would write it: for each operator and stand-in, for each prompt and seed, one call
-of the pipeline. Its rows go to a file, and an interrupted run goes on. Then the same settings are scored with each effort.
-`--spend 30 10` adds estimates that may spend a 30th and a 10th of the loop's denoiser inputs. `--interleaved 12` measures 12 rows, spread
-over the model, in turns by the loop and by effort="exact", and compares time and scores. What is compared are the scores of
-operators (their best stand-in): Spearman's correlation, and the share of the lowest k of the loop that are among the lowest k.
+of the pipeline. Its rows go to a file, and an interrupted run goes on. Then the same settings are scored with each effort, and
+once more for each k with k known in advance; `--sample` rows of the loop are timed just before and after each of them, so that
+both are measured under the same load. What is compared are the scores of operators (their best stand-in) by Spearman's
+correlation, and the operators that `top_k` chooses.
+
+    --interleaved 12       only measures 12 rows, spread over the model, in turns by the loop and by effort="exact"
+    --other 3 100          only compares the loop with effort="exact" on the prompts from the fourth on and the seeds from 100 on:
+                           how far two loops agree; with `--lowest 150` of the operators only
 """
 
 import argparse
 import csv
 import json
-import platform
-import statistics
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +25,9 @@ import torch
 from scipy.stats import spearmanr
 
 import ld_pruner_hf
-from ld_pruner_hf import Modification, applied, demo, find_operators
-from ld_pruner_hf.effort import EFFORTS
-from ld_pruner_hf.latents import preserved
+from ld_pruner_hf import Modification, applied, demo, find_operators, top_k
+from ld_pruner_hf.latents import final_latents, make_conditions, preserved, steps_argument
+from ld_pruner_hf.profiling import processor_name
 from ld_pruner_hf.reuse import FirstStep
 from ld_pruner_hf.scoring import latent_distances, output_sets
 from ld_pruner_hf.trajectory import evenly
@@ -32,160 +35,170 @@ from ld_pruner_hf.trajectory import evenly
 KS = (10, 20, 30, 42)
 
 
-def naive_distances(pipe, prompts, args):
-    sets = []
-    for prompt in prompts:
-        runs = [
-            pipe(
-                prompt,
-                num_inference_steps=args.steps,
-                output_type="latent",
-                generator=torch.Generator().manual_seed(seed),
-            ).images
-            for seed in range(args.seeds)
-        ]
-        sets.append(torch.cat(runs).double())
-    return sets
+class Loop:
+    """The paper's loop on a shipped pipeline.
 
+    Attributes:
+        todo: all modifications. rows: (path, stand-in) -> what was measured.
+    """
 
-def naive_rows(pipe, prompts, args):
-    """(path, stand-in) -> row, from the file as far as it has them, else measured."""
-    path = Path(args.naive)
-    rows = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            rows[row["path"], row["stand_in"]] = row
-    if args.measured_only:
-        return rows, len(rows)
-    operators = find_operators(pipe, prompt=prompts[0], progress=False)
-    todo = [(o, spec) for o in operators for spec in o.stand_ins]
-    originals = naive_distances(pipe, prompts, args)
-    with path.open("a") as file:
-        for operator, spec in todo:
-            if (operator.path, spec.name) in rows:
-                continue
-            start = time.process_time()
-            pairs = naive_row(pipe, prompts, args, originals, Modification(operator.path, operator.kind, spec))
-            row = {"path": operator.path, "stand_in": spec.name}
-            row |= {"avg_dist": [avg for avg, _ in pairs], "std_dist": [std for _, std in pairs]}
-            rows[operator.path, spec.name] = row | {"cpu_s": time.process_time() - start}
-            file.write(json.dumps(rows[operator.path, spec.name]) + "\n")
-            file.flush()
-    return rows, len(todo)
+    def __init__(self, pipe, prompts, args):
+        self.pipe, self.seeds = pipe, range(args.seeds)
+        self.conditions = make_conditions(pipe, prompts, steps_argument(pipe, args.steps))
+        operators = find_operators(pipe, progress=False, latency=False, **self.conditions[0])
+        self.todo = [Modification(o.path, o.kind, spec) for o in operators for spec in o.stand_ins]
+        self.originals = self.latents()
+        self.rows = {}
 
+    def latents(self):
+        with preserved(self.pipe):
+            return [torch.cat([final_latents(self.pipe, c, [seed]) for seed in self.seeds]) for c in self.conditions]
 
-def naive_row(pipe, prompts, args, originals, modification):
-    with applied(pipe.unet, [modification]):
-        return distances(originals, naive_distances(pipe, prompts, args))
+    def measure(self, modification):
+        start = time.process_time()
+        with applied(self.pipe.unet, [modification]):
+            pairs = distances(self.originals, self.latents())
+        avg, std = zip(*pairs, strict=True)
+        row = {"path": modification.path, "stand_in": modification.stand_in.name, "avg_dist": avg, "std_dist": std}
+        return row | {"cpu_s": time.process_time() - start}
+
+    def run(self, path):
+        """Measure every row that the file does not have."""
+        if path.exists():
+            self.rows = {(row["path"], row["stand_in"]): row for row in map(json.loads, path.read_text().splitlines())}
+        with path.open("a") as file:
+            for m in self.todo:
+                if (m.path, m.stand_in.name) not in self.rows:
+                    self.rows[m.path, m.stand_in.name] = row = self.measure(m)
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+
+    def seconds(self, sample):
+        """CPU seconds a row, now."""
+        chosen = evenly(self.todo, sample)
+        return sum(self.measure(m)["cpu_s"] for m in chosen) / len(chosen)
+
+    def scores(self, like):
+        """The loop's scores, as the `OperatorScores` that were made with less effort."""
+        rows = []
+        for row in like:
+            found = self.rows[row.key]
+            rows.append(replace(row, avg_dist=tuple(found["avg_dist"]), std_dist=tuple(found["std_dist"])))
+        return replace(like, rows=tuple(rows))
 
 
 def distances(originals, modified):
     return [latent_distances(a, b) for a, b in zip(originals, modified, strict=True)]
 
 
-def interleaved(pipe, prompts, args):
+def compare(loop, found):
+    """Agreement of scores with the loop's."""
+    reference = loop.scores(found)
+    best, estimated = ({row.path: row.score() for row in s.ranked()} for s in (reference, found))
+    result = {"spearman": round(float(spearmanr(list(best.values()), [estimated[p] for p in best])[0]), 4)}
+    for k in KS:
+        a, b = ({row.path for row in top_k(s, k)} for s in (reference, found))
+        result[f"overlap_{k}"] = round(len(a & b) / k, 3)
+        sure = ld_pruner_hf.agreement(found, partial(top_k, k=k))
+        result[f"agreement_{k}"] = "" if sure is None else round(sure, 3)
+    return result
+
+
+def measure(loop, prompts, effort, k, args):
+    """Score with one effort, between two samples of the loop, and compare."""
+    started = []
+    naive = loop.seconds(args.sample)
+    found = ld_pruner_hf.score(
+        loop.pipe, prompts, seeds=args.seeds, num_inference_steps=args.steps, effort=effort, k=k,
+        on_cost=lambda cost: started.append(time.process_time()),
+    )  # fmt: skip
+    seconds = time.process_time() - started[0]
+    naive = (naive + loop.seconds(args.sample)) / 2
+    result = {"effort": effort, "k": k or "", "cpu_s": round(seconds, 2)}
+    result["times_cheaper"] = round(naive * len(loop.todo) / seconds, 1)
+    return result | compare(loop, found)
+
+
+def interleaved(loop, args):
     """The loop and effort="exact" in turns: CPU seconds a row, and the largest relative difference of a score."""
-    operators = find_operators(pipe, prompt=prompts[0], progress=False)
-    todo = [Modification(o.path, o.kind, spec) for o in operators for spec in o.stand_ins]
-    conditions = [{"prompt": p, "num_inference_steps": args.steps} for p in prompts]
-    seconds, difference = {"naive": 0.0, "exact": 0.0}, 0.0
-    with preserved(pipe):
-        sets = output_sets(pipe, "unet", conditions, range(args.seeds), batch_size=8, pooled=False)
+    unet, seconds, difference = loop.pipe.unet, {"naive": 0.0, "exact": 0.0}, 0.0
+    with preserved(loop.pipe):
+        sets = output_sets(loop.pipe, "unet", loop.conditions, loop.seeds, batch_size=8, pooled=False)
         first_step = FirstStep(
-            pipe.unet, [partial(sets.first_step, i) for i in range(len(sets.jobs))], [m.path for m in todo]
+            unet, [partial(sets.first_step, i) for i in range(len(sets.jobs))], [m.path for m in loop.todo]
         )
-        by_loop, by_batch = naive_distances(pipe, prompts, args), sets.collect()
-        for m in evenly(todo, args.interleaved):
+        originals = sets.collect()
+        for m in evenly(loop.todo, args.interleaved):
+            naive = loop.measure(m)
             start = time.process_time()
-            naive = naive_row(pipe, prompts, args, by_loop, m)
-            middle = time.process_time()
-            with applied(pipe.unet, [m]), first_step.reused([m.path]):
-                exact = distances(by_batch, sets.collect())
-            seconds["naive"] += middle - start
-            seconds["exact"] += time.process_time() - middle
-            a, b = (sum(map(sum, pairs)) for pairs in (naive, exact))
-            difference = max(difference, abs(a - b) / a)
-            print(
-                f"  {m.path} {m.stand_in.name}: {middle - start:.2f} and {time.process_time() - middle:.2f} CPU s",
-                flush=True,
-            )
+            with applied(unet, [m]), first_step.reused([m.path]):
+                exact = sum(map(sum, distances(originals, sets.collect())))
+            took = time.process_time() - start
+            seconds["naive"] += naive["cpu_s"]
+            seconds["exact"] += took
+            expected = sum(naive["avg_dist"]) + sum(naive["std_dist"])
+            difference = max(difference, abs(exact - expected) / expected)
+            print(f"  {m.path} {m.stand_in.name}: {naive['cpu_s']:.2f} and {took:.2f} CPU s", flush=True)
     each = {name: round(total / args.interleaved, 3) for name, total in seconds.items()}
     print(
         f"CPU s a row: {each}, {each['naive'] / each['exact']:.2f} times cheaper; scores differ by at most {difference:.1e}"
     )
 
 
-def best(scores):
-    """path -> the score of its best stand-in."""
-    lowest = {}
-    for (path, _), score in scores.items():
-        lowest[path] = min(score, lowest.get(path, score))
-    return lowest
-
-
-def lowest(scores, k):
-    return set(sorted(scores, key=scores.get)[:k])
-
-
-def measure(pipe, prompts, effort, naive, args):
-    """Score with one effort, and compare with the naive loop."""
-    started = []
-    start = time.process_time()
-    found = ld_pruner_hf.score(
-        pipe, prompts, seeds=args.seeds, num_inference_steps=args.steps, effort=effort,
-        on_cost=lambda cost: started.append(time.process_time()),
-    )  # fmt: skip
-    end = time.process_time()
-    reference = best({key: sum(row["avg_dist"]) + sum(row["std_dist"]) for key, row in naive.items()})
-    estimate = best({row.key: row.score() for row in found if row.key in naive})
-    result = {"effort": effort, "cpu_s": round(end - started[0], 2), "with_finding_cpu_s": round(end - start, 2)}
-    paths = list(reference)
-    a, b = [reference[p] for p in paths], [estimate[p] for p in paths]
-    result["spearman"] = round(spearmanr(a, b)[0], 4)
-    for k in KS:
-        result[f"overlap_{k}"] = round(len(lowest(reference, k) & lowest(estimate, k)) / k, 3)
-    ratios = sorted(y / x for x, y in zip(a, b, strict=True))
-    result["median_ratio"] = round(statistics.median(ratios), 4)
-    result["largest_relative_error"] = f"{max(abs(r - 1) for r in ratios):.1e}"
-    return result
+def another_loop(loop, args):
+    """How far the loop on other prompts and seeds agrees, on all or the lowest operators."""
+    first, seed = args.other
+    prompts = demo.PROMPTS[args.pipeline][first : first + args.prompts] if args.pipeline in demo.PROMPTS else None
+    how = {"num_inference_steps": args.steps, "seeds": args.seeds}
+    if args.lowest:
+        best = {}
+        for (path, _), row in loop.rows.items():
+            best[path] = min(sum(row["avg_dist"]) + sum(row["std_dist"]), best.get(path, float("inf")))
+        how["include"] = sorted(best, key=best.get)[: args.lowest]
+    path = Path(args.naive).with_suffix(f".from-{first}-{seed}.jsonl")
+    found = ld_pruner_hf.score(loop.pipe, prompts, seed=seed, resume_from=path, **how)
+    print(f"the loop on prompts from {first} and seeds from {seed}, {len(found)} rows: {compare(loop, found)}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", choices=demo.names(), default="emoji")
     parser.add_argument("--naive", default="naive.jsonl", help="file of the naive loop's rows")
-    parser.add_argument("--measured-only", action="store_true", help="take the rows that are there; measure no more")
     parser.add_argument("--output", default="scoring_effort.csv")
     parser.add_argument("--efforts", nargs="*", default=["fast", "balanced", "exact"])
-    parser.add_argument("--interleaved", type=int, metavar="ROWS", help="only this")
-    parser.add_argument("--spend", nargs="*", type=int, default=[])
+    parser.add_argument("--ks", nargs="*", type=int, default=KS, help="score with these k known in advance, too")
+    parser.add_argument("--sample", type=int, default=4, help="rows of the loop that are timed before and after")
+    parser.add_argument("--interleaved", type=int, metavar="ROWS")
+    parser.add_argument("--other", type=int, nargs=2, metavar=("PROMPT", "SEED"))
+    parser.add_argument("--lowest", type=int)
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pipe = demo.load("emoji")
+    pipe = demo.load(args.pipeline)
     pipe.set_progress_bar_config(disable=True)
-    prompts = demo.PROMPTS["emoji"][: args.prompts]
+    prompts = demo.PROMPTS[args.pipeline][: args.prompts] if args.pipeline in demo.PROMPTS else None
+    loop = Loop(pipe, prompts, args)
+    print(f"demo:{args.pipeline}, {processor_name()}, 1 thread, {len(loop.todo)} rows")
     if args.interleaved:
-        return interleaved(pipe, prompts, args)
-    naive, rows = naive_rows(pipe, prompts, args)
-    seconds = statistics.fmean(row["cpu_s"] for row in naive.values()) * rows
-    print(
-        f"{platform.machine()}, 1 thread; naive loop: {len(naive)} of {rows} rows measured, {seconds:.0f} CPU s for all"
-    )
-    EFFORTS.update({f"1/{n}": n for n in args.spend})
+        return interleaved(loop, args)
+    loop.run(Path(args.naive))
+    if args.other:
+        return another_loop(loop, args)
+    seconds = sum(row["cpu_s"] for row in loop.rows.values())
+    print(f"the whole naive loop took {seconds:.0f} CPU s")
     with open(args.output, "a", newline="") as file:
         writer = None
-        for effort in [*args.efforts, *(f"1/{n}" for n in args.spend)]:
-            result = measure(pipe, prompts, effort, naive, args)
-            result["times_cheaper"] = round(seconds / result["cpu_s"], 1)
-            writer = writer or csv.DictWriter(file, list(result))
-            if not file.tell():
-                writer.writeheader()
-            writer.writerow(result)
-            file.flush()
-            print(result, flush=True)
+        for effort in args.efforts:
+            for k in (None, *(args.ks if effort != "exact" else ())):
+                result = measure(loop, prompts, effort, k, args)
+                writer = writer or csv.DictWriter(file, list(result))
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerow(result)
+                file.flush()
+                print(result, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,26 @@
-"""Peak memory of scoring against peak memory of one generation, each in a process of its own.
+"""Peak memory of scoring against peak memory of one generation at the same batch, both without decoding.
 
-    python benchmarks/scoring_memory.py                  # the shipped emoji pipeline
+    python benchmarks/scoring_memory.py                  # the shipped pipelines
     python benchmarks/scoring_memory.py --model sd-v1.4  # Stable Diffusion's U-Net in bf16 with random weights (needs 8 GB)
 
-Only what the denoiser adds counts: the memory before the first call (libraries, weights) is measured and shown beside it.
+Counted are the bytes of all tensors, the pipeline's weights included: the same on every device. What libraries, kernels and
+allocators take on top is left out.
 """
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
+import functools
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel
+from torch import nn
 
 import ld_pruner_hf
 from ld_pruner_hf import demo
+from ld_pruner_hf.latents import final_latents, make_conditions, make_jobs, preserved, steps_argument
+from ld_pruner_hf.profiling import peak_memory_of
+
+FEW = {"include": ["mid_block", "up_blocks.1"], "kinds": ["ResnetBlock2D"]}
+"""Operators for `exact`, whose memory does not depend on how many there are. Estimates look at all."""
 
 
 class PromptFreePipeline(DDIMPipeline):
@@ -36,51 +40,43 @@ class PromptFreePipeline(DDIMPipeline):
 
 
 def load(model):
-    if model == "emoji":
-        return demo.load("emoji"), {"prompt": "red heart", "num_inference_steps": 2}
+    if model in demo.names():
+        return demo.load(model)
     torch.manual_seed(0)
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
     unet = unet.to(torch.bfloat16).to_empty(device="cpu")
     for p in unet.parameters():
         p.data.normal_(std=0.02)
-    return PromptFreePipeline(unet.eval(), DDIMScheduler()), {"num_inference_steps": 2}
+    return PromptFreePipeline(unet.eval(), DDIMScheduler())
 
 
-def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def measure(task, model):
-    pipe, call = load(model)
+def measure(name, args):
+    pipe = load(name)
     pipe.set_progress_bar_config(disable=True)
-    before = peak_mb()
-    if task == "generate":
-        prompt = call.pop("prompt", None)
-        batch = {"batch_size": 2} if prompt is None else {"prompt": [prompt] * 2}
-        pipe(**batch, **call, generator=[torch.Generator().manual_seed(i) for i in range(2)])
-    else:
-        ld_pruner_hf.score(
-            pipe, seeds=2, include=["mid_block*", "up_blocks.3*"], kinds=["ResnetBlock2D", "Attention"], **call
-        )
-    print(json.dumps({"before": before, "peak": peak_mb()}))
+    models = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+    prompts = demo.PROMPTS[name][:1] if name in demo.PROMPTS else None
+    conditions = make_conditions(pipe, prompts, steps_argument(pipe, args.steps))
+    job = make_jobs(pipe, conditions, range(args.batch), args.batch)[0]
+    with preserved(pipe):
+        one = peak_memory_of(lambda: final_latents(pipe, job.call, job.seeds), models)
+    print(f"{name}: one generation of {args.batch} latents {one / 1e6:.1f} MB", flush=True)
+    how = {"seeds": args.batch, "batch_size": args.batch, "num_inference_steps": args.steps}
+    for effort in args.efforts:
+        how |= {"effort": effort, **(FEW if effort == "exact" else dict.fromkeys(FEW))}
+        peak = peak_memory_of(functools.partial(ld_pruner_hf.score, pipe, prompts, **how), models)
+        print(f"  {effort}: {peak / 1e6:.1f} MB, {peak / one:.2f} times", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["emoji", "sd-v1.4"], default="emoji")
-    parser.add_argument("--task", choices=["generate", "score"], help=argparse.SUPPRESS)
+    parser.add_argument("--model", nargs="+", choices=[*demo.names(), "sd-v1.4"], default=demo.names())
+    parser.add_argument("--efforts", nargs="+", default=["exact", "balanced", "fast"])
+    parser.add_argument("--batch", type=int, default=8, help="latents")
+    parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
-    if args.task:
-        return measure(args.task, args.model)
-    found = {}
-    for task in ("generate", "score"):
-        command = [sys.executable, __file__, "--model", args.model, "--task", task]
-        found[task] = json.loads(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-        )
-        print(f"{task:<9} {found[task]['before']:8.0f} MB before, {found[task]['peak']:8.0f} MB at the peak")
-    print(f"peak of scoring / peak of one generation: {found['score']['peak'] / found['generate']['peak']:.3f}")
+    for name in args.model:
+        measure(name, args)
 
 
 if __name__ == "__main__":

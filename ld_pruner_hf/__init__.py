@@ -30,7 +30,7 @@ from .profiling import Profile
 from .publication import Evidence
 from .scores import CRITERIA, OperatorScore, OperatorScores
 from .scoring import ScoringCost, measure_damage, score_cost, score_operators
-from .selection import knapsack, ratio, top_k
+from .selection import agreement, knapsack, ratio, top_k
 from .stock import StockRecord, record_of, to_stock_
 from .surgery import applied, apply_plan_
 
@@ -40,7 +40,7 @@ __all__ = [
     "CRITERIA", "PRESETS", "DistillationLoss", "Evidence", "FeatureTaps", "Fit", "LDPrunerMixin", "LoraFit",
     "Measurements", "Modification", "NoiseProcess", "Operator", "OperatorScore", "OperatorScores", "OutputRule",
     "PlanDiff", "PlanError", "Profile", "PruningPlan", "ScoringCost", "StandInSpec", "StockRecord", "Tap", "TapPair",
-    "applied", "apply_plan_", "apply_preset_", "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack",
+    "agreement", "applied", "apply_plan_", "apply_preset_", "demo", "find_operators", "find_taps", "fit_stand_ins", "knapsack",
     "load_lora", "load_plan", "lora_fit", "make_plan", "measure_additivity", "measure_damage", "plan_of",
     "profile", "prune", "publish", "push_plan", "ratio", "record_of", "score", "score_cost", "score_operators", "to_stock_",
     "top_k",

@@ -2,7 +2,8 @@
 
 1. `linear_run`: backward passes along a few original trajectories estimate all operators at once; where first order is at
    fault, the module around the operator runs for real.
-2. Refinement: the real errors of the least important, where the choice is made, for as many as the cost allows.
+2. Refinement: real errors, for as many operators as the cost allows: those nearest to the cut if it is known how many will be
+   taken out, until no other is near enough to matter; else the least important.
 
 A real error is that of the modified denoiser's output at inputs of the original trajectories. Its square counts by how much it
 grows on the way to the final latent, as the backward passes have measured. No denoising run is repeated.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,21 +24,25 @@ from .latents import Job
 from .linear import LinearRun, Todo, linear_run
 from .plan import Modification
 from .profiling import run
+from .reuse import FirstStep
+from .selection import competing
 from .surgery import applied
 from .trajectory import Moment, evenly, output_tensor, rows_of
 
-EFFORTS = {"exact": 1, "balanced": 64, "fast": 450}
+EFFORTS = {"exact": 1, "balanced": 50, "fast": 600}
 """effort -> the denoiser inputs of the paper's loop, for each that is spent. "exact" is the loop itself, and the definition.
 
 They go through the denoiser in larger batches than the loop's, so that the time becomes less still.
 """
 
-MAX_LATENTS, MAX_PROBES = 16, 4
+MAX_LATENTS, MAX_PROBES = 16, 2
 ROWS_IN_A_CALL = 8
 AROUND = {"balanced": 4.0, "fast": 1.0}
 """effort -> denoiser calls' worth of MACs for each call, to run the modules around operators."""
 REFINEMENT_POINTS = 24, 64
-LINEAR_SHARE = 0.6
+STAGES, SURE = 4, 3.0
+"""Refinement near the cut is done in so many stages, and stops where rows are so many standard deviations away from it."""
+LINEAR_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,12 @@ class Budget:
     points: int = 0
 
     @classmethod
-    def of(cls, effort: str, rows: int, latents: int, inputs: int) -> Budget:
+    def of(cls, effort: str, rows: int, latents: int, inputs: int, k: int | None = None) -> Budget:
         """Share out the cost.
 
         Args:
             rows: operators and stand-ins. latents: of the paper's loop. inputs: of the denoiser, that one latent takes.
+            k: how many operators will be taken out, if that is known: refinement near the cut needs few rows.
         """
         total = rows * latents * inputs / EFFORTS[effort]
         least, most = REFINEMENT_POINTS
@@ -67,7 +74,7 @@ class Budget:
         rest = total - linear.cost(inputs)
         points = int(min(most, linear.latents * inputs, max(least, rest / rows)))
         refined = min(rows, int(rest / points))
-        if refined < rows / 20:  # too few to matter: better linear estimates instead
+        if refined < (rows / 20 if k is None else k / 4):  # too few to matter: better linear estimates instead
             return cls._linear(effort, total, latents, inputs)
         return replace(linear, refined=refined, points=points)
 
@@ -88,23 +95,6 @@ class Budget:
         return linear + self.refined * self.points
 
 
-@dataclass(frozen=True)
-class Estimates:
-    """Estimated root mean square moves of the final latents.
-
-    Attributes:
-        moves: (rows,); NaN where there is no estimate. halves: (2, rows), each from one half of the latents.
-    """
-
-    moves: torch.Tensor
-    halves: torch.Tensor
-
-    def agreement(self, k: int) -> float:
-        """Share of the k lowest rows that both halves of the latents agree on: how sure the choice of k is, or better."""
-        a, b = (set(half.nan_to_num(math.inf).argsort()[:k].tolist()) for half in self.halves)
-        return len(a & b) / k
-
-
 def estimate_moves(
     pipe: Any,
     model: nn.Module,
@@ -113,12 +103,17 @@ def estimate_moves(
     budget: Budget,
     seed: int,
     steps: int,
+    k: int | None,
     on_row: Callable[[], Any],
-) -> Estimates:
+) -> torch.Tensor:
     """Estimate how far each row of `todo` moves the final latents. Run it inside `preserved(pipe)`.
 
     Args:
-        jobs: the runs to look at, of so many scheduler `steps`. on_row: called for each row whose real error has been measured.
+        jobs: the runs to look at, of so many scheduler `steps`. k: how many operators will be taken out, if that is known.
+        on_row: called for each row whose real error has been measured.
+
+    Returns:
+        (1 or 2, rows): the mean of each half of the latents; NaN where there is no estimate.
 
     Raises:
         ValueError: the pipeline's arithmetic cannot be differentiated.
@@ -128,30 +123,65 @@ def estimate_moves(
         around = runs[0].around if runs else budget.around
         runs.append(linear_run(pipe, model, job, todo, budget.probes, seed + i, steps, around))
     squares = torch.cat([r.squares.sum(1) for r in runs], dim=1)  # (rows, latents)
-    moves = squares.mean(1).sqrt()
-    halves = torch.stack([squares[:, i::2].mean(1).sqrt() for i in range(2)])
+    halves = [squares[:, i::2] for i in range(min(2, squares.shape[1]))]
+    moves = torch.stack([half.sqrt().mean(1) for half in halves])
+    return _refined(model, todo, runs, moves, budget, k, on_row) if budget.refined else moves
 
-    def errors(rows: Sequence[int], count: int) -> torch.Tensor:
-        points = _points(runs, count)
-        found = torch.full_like(moves, float("nan"))
-        for n in rows:
+
+def _refined(
+    model: nn.Module,
+    todo: Todo,
+    runs: Sequence[LinearRun],
+    moves: torch.Tensor,
+    budget: Budget,
+    k: int | None,
+    on_row: Callable[[], Any],
+) -> torch.Tensor:
+    """The estimated moves, with the real errors of `budget.refined` rows in their place."""
+    points, real = _points(runs, budget.points), torch.full_like(moves, math.nan)
+    same_inputs = FirstStep(model, [partial(run, model, m.call) for m, _ in points], [o.path for o, _ in todo])
+    for stage in range(STAGES):
+        known = torch.isfinite(real[0])
+        mixed = torch.where(known, real / _level(real, moves), moves)
+        near = _nearness(todo, mixed.mean(0), k).masked_fill(known, math.inf)
+        far = SURE * _spread(real, moves) if k else math.inf
+        rows = [n for n in near.argsort().tolist() if near[n] < far]
+        for n in rows[: budget.refined * (stage + 1) // STAGES - int(known.sum())]:
             operator, spec = todo[n]
-            with applied(model, [Modification(operator.path, operator.kind, spec)]):
-                found[n] = _weighted_error(model, points)
+            modification = Modification(operator.path, operator.kind, spec)
+            with applied(model, [modification]), same_inputs.reused([operator.path]):
+                real[:, n] = _weighted_errors(model, points, len(moves))
             on_row()
-        return found
-
-    if budget.refined:
-        real = errors(moves.nan_to_num(0.0).argsort()[: budget.refined].tolist(), budget.points)
-        measured = torch.isfinite(real)
-        moves = torch.where(measured, real / _level(real, moves), moves)
-    return Estimates(moves, halves)
+    return torch.where(torch.isfinite(real), real / _level(real, moves), moves)
 
 
-def _level(errors: torch.Tensor, moves: torch.Tensor) -> float:
-    """The usual ratio of real errors to estimated moves."""
-    both = torch.isfinite(errors) & torch.isfinite(moves) & (errors > 0) & (moves > 0)
-    return (errors[both] / moves[both]).log().median().exp().item() if both.any() else 1.0
+def _nearness(todo: Todo, moves: torch.Tensor, k: int | None) -> torch.Tensor:
+    """How far each row is from the last operator that competes for k places, as | log ratio |; with no k, its move."""
+    if k is None:
+        return moves.nan_to_num(0.0)
+    best: dict[str, float] = {}
+    for (operator, _), move in zip(todo, moves.tolist(), strict=True):
+        best[operator.path] = min(best.get(operator.path, math.inf), move if math.isfinite(move) else math.inf)
+    ranked = sorted(best, key=lambda path: best[path])
+    return (moves / best[ranked[competing(ranked, k) - 1]]).log().abs().nan_to_num(0.0)
+
+
+def _log_ratios(real: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
+    """Of real errors to estimated moves, for the n rows that have both: (parts, n)."""
+    ratios = (real / moves).log()
+    return ratios[:, torch.isfinite(ratios).all(0)]
+
+
+def _level(real: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
+    """(parts, 1): the usual ratio of real errors to estimated moves."""
+    ratios = _log_ratios(real, moves)
+    return ratios.median(1, keepdim=True).values.exp() if ratios.numel() else torch.ones(len(moves), 1)
+
+
+def _spread(real: torch.Tensor, moves: torch.Tensor) -> float:
+    """How far estimates are off: the standard deviation of log ratios, infinite before it is known."""
+    ratios = _log_ratios(real, moves).mean(0)
+    return ratios.std().item() if len(ratios) > 2 else math.inf
 
 
 def _points(runs: Sequence[LinearRun], count: int) -> list[tuple[Moment, torch.Tensor]]:
@@ -167,9 +197,10 @@ def _points(runs: Sequence[LinearRun], count: int) -> list[tuple[Moment, torch.T
     return points
 
 
-def _weighted_error(model: nn.Module, points: Sequence[tuple[Moment, torch.Tensor]]) -> float:
-    total = 0.0
+def _weighted_errors(model: nn.Module, points: Sequence[tuple[Moment, torch.Tensor]], parts: int) -> torch.Tensor:
+    """(parts,): from every so many-th row of the points, for all of them."""
+    squares = []
     for moment, gain in points:
         error = output_tensor(run(model, moment.call)).double() - moment.output.double()
-        total += (error.flatten(1).square().sum(1).cpu() * gain).sum().item()
-    return math.sqrt(total)
+        squares.append(error.flatten(1).square().sum(1).cpu() * gain)
+    return torch.stack([torch.cat(squares)[i::parts].sum().sqrt() for i in range(parts)])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from .batching import quickest_batch_size
 from .latents import RecordedCall, final_latents, find_denoiser, make_conditions, make_jobs, preserved, steps_argument
 from .plan import Modification, OutputRule, PruningPlan, StandInSpec
 from .profiling import run
@@ -239,7 +240,7 @@ def fit_stand_ins(
     num_inference_steps: int | None = None,
     seeds: int = 1,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = 8,
     **call_kwargs: Any,
 ) -> Fit:
     """Weights for a plan's stand-ins in closed form, so that each comes closest to its operator; the model is not changed.
@@ -290,7 +291,8 @@ def fit_stand_ins(
         model = getattr(pipe, find_denoiser(pipe, plan.component or None, **made[0]))
         check_replaceable(model)
         check_plan(model, plan)
-        jobs = make_jobs(pipe, made, list(range(seed, seed + seeds)), batch_size)
+        own = range(seed, seed + seeds)
+        jobs = make_jobs(pipe, made, own, batch_size or quickest_batch_size(pipe, made, own, quiet))
 
         def denoise() -> None:
             for job in tqdm(jobs, desc="fitting", unit="run", disable=quiet):

@@ -448,6 +448,8 @@ class PruningPlan:
             lines.append(
                 f"and {len(self.unused)} that nothing uses any more: {', '.join(m.path for m in self.unused)}"
             )
+        if "agreement" in self.how:
+            lines.append(f"two halves of the scores agree on {self.how['agreement']:.0%} of them")
         if "saved_as" in self.how:
             lines.append(f"saved as a {self.how['saved_as']}")
         return "\n".join(lines)

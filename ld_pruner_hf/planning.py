@@ -24,14 +24,14 @@ from .operators import find_operators, steps_argument_if_any
 from .plan import SEVERAL, Modification, PlanError, PruningPlan, is_inside
 from .profiling import count_macs, peak_memory
 from .scores import CRITERIA, OperatorScore, OperatorScores, check_criterion
-from .scoring import check_joint, measure_damage, process, score_operators
-from .selection import METHODS, SAVINGS, check_k, innermost, ratio, top_k
+from .scoring import check_joint, is_free, measure_damage, process, score_operators
+from .selection import METHODS, SAVINGS, agreement, check_k, innermost, ratio, top_k
 from .surgery import architecture_of, check_replaceable, count_params, weights_of
 
 LAST_SCORES = "_ld_pruner_scores"
 LAST_CONDITION = "_ld_pruner_condition"
 """The first condition of the last `score`: where `prune` is given none, one call with it says what nothing uses any more."""
-OPERATORS_ONLY = ("include", "exclude", "kinds", "standins", "effort", "resume_from", "on_cost")
+OPERATORS_ONLY = ("include", "exclude", "kinds", "standins", "effort", "k", "skip_free", "resume_from", "on_cost")
 """Arguments of `score` that say which operators to score, and how to go on with it."""
 SCORING_ONLY = ("criterion", "pooled", "calibration", *OPERATORS_ONLY)
 """Arguments of `score` that concern neither the conditions nor the pipeline's call."""
@@ -194,6 +194,8 @@ def make_plan(
     plan = plan_from(sorted(rows, key=lambda row: order[row.path]), scores, count_params(model), method=goal.method)
     if goal.rounds > 1:
         plan.how["rounds"] = goal.rounds
+    elif (sure := agreement(scores, lambda half: _choose(half, goal, total))) is not None:
+        plan.how["agreement"] = round(sure, 4)
     if goal.unit == "operators":
         plan.how["k"] = k
     else:
@@ -284,6 +286,8 @@ def _find_scores(
         if goal.unit == "operators":
             _check_reachable(pipe, int(goal.amount), names, score_kwargs)
         how = {**score_kwargs, **({"criterion": criterion} if criterion else {})}
+        if goal.unit == "operators" and goal.rounds == 1 and SEVERAL not in component:
+            how["k"] = int(goal.amount)
         scores = score(pipe, component=component, **how)
     if not isinstance(scores, OperatorScores):
         raise ValueError(
@@ -342,7 +346,12 @@ def _check_reachable(pipe: DiffusionPipeline, k: int, names: Sequence[str], scor
     reachable = 0
     for name in names:
         operators = find_operators(pipe, component=name, trial=False, latency=False, progress=False, **filters, **call)
-        reachable += len(innermost([o.path for o in operators if o.is_candidate]))
+        offered = [
+            o.path
+            for o in operators
+            if any(not (score_kwargs.get("skip_free") and is_free(o, s)) for s in o.stand_ins)
+        ]
+        reachable += len(innermost(offered))
     check_k(k, reachable)
 
 

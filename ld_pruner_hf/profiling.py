@@ -113,11 +113,11 @@ def processor_name() -> str:
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, while they live; `known` ones are not counted."""
+    """Counts the bytes of the storages that operations make on one kind of device, while they live; not `known` ones."""
 
-    def __init__(self, known: list[torch.Tensor]) -> None:
+    def __init__(self, known: list[torch.Tensor], device: torch.device) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.device, self.live, self.peak = device.type, 0, 0
         self.alive: dict[int, Any] = {t.untyped_storage()._cdata: t for t in known}
 
     def _free(self, key: int, size: int, _: Any) -> None:
@@ -127,7 +127,7 @@ class _LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device:
                 storage = tensor.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
                 if key not in self.alive:
@@ -148,9 +148,13 @@ def peak_memory(model: nn.Module, call: RecordedCall) -> int:
 
 
 def peak_memory_of(fn: Callable[[], Any], models: Iterable[nn.Module], given: Iterable[torch.Tensor] = ()) -> int:
-    """Like `peak_memory`, of anything that `fn()` runs with these models; tensors `given` to it are not counted."""
+    """Like `peak_memory`, of anything that `fn()` runs with these models; tensors `given` to it are not counted.
+
+    Tensors elsewhere than on the models' device (results on the CPU, trials on `meta`) are not counted either.
+    """
     own = [t for model in models for t in (*model.parameters(), *model.buffers())]
-    with torch.no_grad(), _LiveTensors([*own, *given]) as tensors:
+    device = own[0].device if own else torch.device("cpu")
+    with torch.no_grad(), _LiveTensors([*own, *given], device) as tensors:
         fn()
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own}
     return sum(storages.values()) + tensors.peak

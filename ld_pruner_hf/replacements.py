@@ -145,14 +145,14 @@ class StandIn(nn.Module):
         return self.adapters[str(i)](x, size)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        def build(structure: Any) -> Any:
-            if structure is None:
-                return None
-            if isinstance(structure, int):
-                return self._output(structure, args, kwargs)
-            return tuple(build(s) for s in structure)
+        return self._build(self.spec.structure, args, kwargs)
 
-        return build(self.spec.structure)
+    def _build(self, structure: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if structure is None:
+            return None
+        if isinstance(structure, int):
+            return self._output(structure, args, kwargs)
+        return tuple(self._build(s, args, kwargs) for s in structure)
 
     def extra_repr(self) -> str:
         return self.spec.name

@@ -200,6 +200,20 @@ class OperatorScores:
         """
         return replace(self, criterion=self._check(criterion))
 
+    def halves(self) -> tuple[OperatorScores, OperatorScores] | None:
+        """The same rows scored with every second condition, and with the others; None where they were not scored one by one.
+
+        Estimates (`effort`) have the two halves of their latents in place of conditions.
+        """
+        if self.criterion not in LATENT_SHIFT or any(len(r.avg_dist) < 2 for r in self.rows if r.error is None):
+            return None
+
+        def half(i: int) -> OperatorScores:
+            rows = (replace(r, avg_dist=r.avg_dist[i::2], std_dist=r.std_dist[i::2]) for r in self.rows)
+            return replace(self, rows=tuple(rows))
+
+        return half(0), half(1)
+
     def header(self) -> dict[str, Any]:
         return {
             "format": SCORES_FORMAT,

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .batching import quickest_batch_size
 from .criteria import block_influence, magnitude, output_error, random_scores, taylor
 from .effort import EFFORTS, ROWS_IN_A_CALL, Budget, estimate_moves
 from .latents import (
@@ -42,6 +43,7 @@ from .profiling import peak_memory, run
 from .replacements import stand_in_cost
 from .reuse import FirstStep
 from .scores import LATENT_SHIFT, MEASURED_ALONE, OperatorScore, OperatorScores, RowFile, check_criterion
+from .selection import agreement, check_k, innermost, top_k
 from .surgery import applied, architecture_of, check_replaceable, weights_of
 from .trajectory import Moment, calibration_set, evenly, output_tensor, record_run
 
@@ -147,6 +149,11 @@ def _costs(operator: Operator, spec: StandInSpec) -> tuple[int, int]:
     return operator.params - params, operator.macs - macs * operator.calls
 
 
+def is_free(operator: Operator, spec: StandInSpec) -> bool:
+    """Whether the operator costs nothing that its stand-in does not: no parameters and no MACs."""
+    return max(_costs(operator, spec)) <= 0
+
+
 def _digest(value: Any) -> str:
     """A short, stable description of a condition for the file of scores; tensors and images by their content."""
     if isinstance(value, torch.Tensor):
@@ -180,9 +187,11 @@ def score_operators(
     kinds: str | Sequence[str] | None = None,
     standins: str = "all",
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = 8,
     calibration: int = 64,
     effort: str = "exact",
+    k: int | None = None,
+    skip_free: bool = False,
     given: Iterable[Modification] = (),
     resume_from: Any = None,
     on_cost: Callable[[ScoringCost], None] | None = None,
@@ -209,11 +218,16 @@ def score_operators(
         include, exclude, kinds: restrict the operators, as in `find_operators`.
         standins: "all" or "paper", as in `find_operators`.
         seed: the first seed.
-        batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside).
+        batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside); None finds the
+            quickest by trial. Scores depend on it no further than rounding goes.
         calibration: how many inputs of the denoiser (a latent at a step) output-error, block-influence and taylor look at;
             they are spread over conditions and steps of the original runs.
-        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 64th and a 450th of its
-            denoiser inputs (see `effort` and docs/scoring.md). Estimates go by "latent-shift"; its parts are set equal.
+        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 50th and a 600th of its
+            denoiser inputs (see `effort` and docs/scoring.md). Estimates go by "latent-shift"; its parts are set equal, and
+            stand for the two halves of the latents instead of the conditions.
+        k: how many operators will be taken out, if that is known: estimates are then refined where that choice is made.
+        skip_free: leave out stand-ins that take away neither parameters nor MACs (for activations, say): they cannot be chosen
+            then, and save next to no time.
         given: modifications that are in place while each operator is scored; the distances are those of all together from
             the unmodified model. Operators at or inside them are left out; one around some of them takes their place.
         resume_from: path of a file that the rows are written to one by one. If it exists, only what is missing is measured.
@@ -235,11 +249,13 @@ def score_operators(
     check_criterion(criterion)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise ValueError(f"seeds: got {seeds!r}, expected how many latents to make per condition, 1 or more")
-    for name, value in (("batch_size", batch_size), ("calibration", calibration)):
+    for name, value in (("batch_size", 1 if batch_size is None else batch_size), ("calibration", calibration)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected 1 or more")
     given = tuple(given)
     _check_effort(effort, criterion, given)
+    if k is not None:
+        check_k(k)
     quiet = bool(getattr(pipe, "_progress_bar_config", {}).get("disable", False))
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
@@ -260,6 +276,8 @@ def score_operators(
             **({"given": {m.path: m.stand_in.name for m in given}} if given else {}),
             **({"measured": criterion, "calibration": calibration} if criterion in MEASURED_ALONE else {}),
             **({"effort": effort} if effort != "exact" else {}),
+            **({"skip_free": True} if skip_free else {}),
+            **({"k": k} if effort != "exact" and k is not None else {}),
         }
         scores = OperatorScores(
             (), architecture_of(model), weights_of(model), type(model).__name__, component, settings, criterion
@@ -270,11 +288,12 @@ def score_operators(
             progress=not quiet, **conditions[0],
         )  # fmt: skip
         free = [o for o in operators if not any(o.path == m.path or is_inside(o.path, m.path) for m in given)]
-        todo = [(o, spec) for o in free for spec in o.stand_ins]
+        todo = [(o, spec) for o in free for spec in o.stand_ins if not (skip_free and is_free(o, spec))]
         if not todo:
             raise ValueError(
                 f"none of {len(operators)} selected modules can be replaced; see find_operators for the reasons"
             )
+        batch_size = batch_size or quickest_batch_size(pipe, conditions, settings["seeds"], quiet)
         run_of = {"conditions": conditions, "seeds": settings["seeds"], "batch_size": batch_size}
 
         if on_cost is not None:
@@ -282,13 +301,24 @@ def score_operators(
 
         def start() -> Measure:
             if effort != "exact":
-                return _estimated(pipe, component, todo, run_of, pooled, effort, seed, quiet)
+                return _estimated(pipe, component, todo, run_of, pooled, effort, k, seed, quiet)
             if criterion in LATENT_SHIFT:
                 return _latent_shift(model, output_sets(pipe, component, **run_of, pooled=pooled), given, todo)
             return _measured_alone(pipe, component, criterion, free, given, run_of, calibration, seed)
 
-        measured = _measure(todo, start, rows, quiet)
-    return replace(scores, rows=tuple(measured))
+        scores = replace(scores, rows=tuple(_measure(todo, start, rows, quiet)))
+    if not quiet:
+        _print_agreement(scores, k)
+    return scores
+
+
+def _print_agreement(scores: OperatorScores, k: int | None) -> None:
+    """How sure the choice of `k` operators, or of some usual numbers of them, is."""
+    most = len(innermost([row.path for row in scores if row.error is None]))
+    sure = {n: agreement(scores, functools.partial(top_k, k=n)) for n in ([k] if k else [10, 20, 30, 42]) if n <= most}
+    found = ", ".join(f"{100 * share:.0f}% of {n}" for n, share in sure.items() if share is not None)
+    if found:
+        print(f"least important operators that two halves of the measurement agree on: {found}", file=sys.stderr)
 
 
 def process() -> tuple[int, int]:
@@ -455,35 +485,33 @@ def _estimated(
     run_of: dict[str, Any],
     pooled: bool,
     effort: str,
+    k: int | None,
     seed: int,
     quiet: bool,
 ) -> Measure:
-    """Estimates of all rows, and how sure they are, printed."""
+    """Estimates of all rows, from both halves of the latents where there are two."""
     if record_call(pipe, component, run_of["conditions"][0]).method == "decode":
         raise ValueError(f"effort: got {effort!r} for {component!r}, which decodes; use effort='exact'")
     model: nn.Module = getattr(pipe, component)
     conditions, seeds = run_of["conditions"], run_of["seeds"]
     inputs, steps = _one_run(pipe, model, conditions[0], seeds[0])
-    budget = Budget.of(effort, len(todo), len(conditions) * len(seeds), inputs)
+    budget = Budget.of(effort, len(todo), len(conditions) * len(seeds), inputs, k)
     chosen = evenly(conditions, budget.latents)
     per_condition = max(1, round(budget.latents / len(chosen)))
     jobs = make_jobs(pipe, chosen, seeds[:per_condition], min(run_of["batch_size"], ROWS_IN_A_CALL))
     with tqdm(total=budget.refined, desc="trajectory errors", unit="op", disable=quiet, leave=False) as bar:
-        estimates = estimate_moves(pipe, model, jobs, todo, budget, seed, steps, bar.update)
-    if not quiet and budget.latents > 1:
-        sure = ", ".join(f"{100 * estimates.agreement(k):.0f}% of {k}" for k in (10, 20, 30, 42) if k < len(todo))
-        print(f"lowest rows that two halves of the linear estimates agree on: {sure}", file=sys.stderr)
+        moves = estimate_moves(pipe, model, jobs, todo, budget, seed, steps, k, bar.update)
     # Of n latents that move independently by m each: avg_dist = std_dist = m / sqrt(n).
     n = len(seeds) * (len(conditions) if pooled else 1)
     sets = 1 if pooled else len(conditions)
-    shifts = (sets * estimates.moves / math.sqrt(n)).tolist()
-    by_row = {(o.path, s.name): shift for (o, s), shift in zip(todo, shifts, strict=True)}
+    shifts = (sets * moves / (math.sqrt(n) * len(moves))).T.tolist()
+    by_row = {(o.path, s.name): tuple(parts) for (o, s), parts in zip(todo, shifts, strict=True)}
 
     def look_up(operator: Operator, spec: StandInSpec) -> dict[str, Any]:
-        shift = by_row[operator.path, spec.name]
-        if not math.isfinite(shift):
+        parts = by_row[operator.path, spec.name]
+        if not all(map(math.isfinite, parts)):
             raise FloatingPointError("no finite estimate; score it with effort='exact'")
-        return {"avg_dist": (shift,), "std_dist": (shift if n > 1 else 0.0,)}
+        return {"avg_dist": parts, "std_dist": parts if n > 1 else (0.0,) * len(parts)}
 
     return look_up
 
@@ -572,7 +600,7 @@ def damage_meter(
     pooled: bool = False,
     component: str | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = 8,
     calibration: int = 64,
     **call_kwargs: Any,
 ) -> Iterator[Callable[[Iterable[Modification]], float]]:
@@ -583,6 +611,7 @@ def damage_meter(
     with preserved(pipe):
         component = find_denoiser(pipe, component, **conditions[0])
         model: nn.Module = getattr(pipe, component)
+        batch_size = batch_size or quickest_batch_size(pipe, conditions, range(seed, seed + seeds), quiet=True)
         run_of = {"conditions": conditions, "seeds": range(seed, seed + seeds), "batch_size": batch_size}
         if criterion == "output-error":
             moments = calibration_set(pipe, component, **run_of, size=calibration)

@@ -25,7 +25,8 @@ Not known before it is measured, and left out: the time of the stand-in itself, 
 
 def innermost(paths: list[str]) -> list[str]:
     """Paths with no other path inside them: as many operators as can be modified together."""
-    return [path for path in paths if not any(is_inside(other, path) for other in paths)]
+    around = {path[:i] for path in paths for i, letter in enumerate(path) if letter == "."}
+    return [path for path in paths if path not in around]
 
 
 def check_k(k: object, limit: int | None = None) -> None:
@@ -60,7 +61,7 @@ def top_k(
     ranked = [row for row in scores.ranked(criterion) if row.error is None]
     everything = set(innermost([row.path for row in ranked]))
     check_k(k, len(everything))
-    rows = _competing(ranked, k)
+    rows = ranked[: competing([row.path for row in ranked], k)]
     # How many can still be modified together, given what is chosen, and how many must be: here, and in all.
     limits = [(set(innermost([row.path for row in rows])), k), (everything, reachable or k)]
     reach = [len(leaves) for leaves, _ in limits]
@@ -83,21 +84,37 @@ def top_k(
     return sorted(chosen.values(), key=lambda row: order[row.path])
 
 
-def _competing(ranked: list[OperatorScore], k: int) -> list[OperatorScore]:
-    """The shortest head of the ranking in which k operators do not lie inside each other."""
+def competing(ranked: Sequence[str], k: int) -> int:
+    """How long the shortest head of a ranking is in which k operators do not lie inside each other: these compete for k places."""
     free: set[str] = set()  # those with none of the head inside them
-    for n, row in enumerate(ranked, 1):
-        free = {path for path in free if not is_inside(row.path, path)}
-        if not any(is_inside(other.path, row.path) for other in ranked[:n]):
-            free.add(row.path)
+    for n, path in enumerate(ranked, 1):
+        free = {other for other in free if not is_inside(path, other)}
+        if not any(is_inside(other, path) for other in ranked[:n]):
+            free.add(path)
         if len(free) == k:
-            return ranked[:n]
-    return ranked
+            return n
+    return len(ranked)
 
 
 def _lost(leaves: set[str], path: str) -> int:
     """How many fewer operators can be modified together once the one at `path` is."""
     return max(0, sum(is_inside(leaf, path) for leaf in leaves) - 1)
+
+
+def agreement(scores: OperatorScores, choose: Callable[[OperatorScores], Iterable[OperatorScore]]) -> float | None:
+    """How sure a choice is: the share of its operators that both halves of the conditions choose, each by itself.
+
+    Args:
+        choose: `functools.partial(top_k, k=42)`, say.
+
+    Returns:
+        0 to 1; the choice by all conditions is likely to be surer. None where there are no halves (`OperatorScores.halves`).
+    """
+    halves = scores.halves()
+    if halves is None:
+        return None
+    a, b = ({row.path for row in choose(half)} for half in halves)
+    return len(a & b) / max(len(a), len(b))
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import tiny
 import torch
 from torch.utils._pytree import tree_map
 
-from ld_pruner_hf import OperatorScores, PlanError, make_plan
-from ld_pruner_hf.effort import EFFORTS, Budget, Estimates
+from ld_pruner_hf import OperatorScores, PlanError, effort, make_plan
+from ld_pruner_hf.effort import EFFORTS, Budget
 from ld_pruner_hf.latents import final_latents, make_jobs, preserved
 from ld_pruner_hf.linear import linear_run, sorts_of
 from ld_pruner_hf.operators import find_operators
@@ -126,19 +126,15 @@ def test_gains_say_how_errors_grow(pipe):
     assert run.owners[2].tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
 
 
-def test_estimates_rank_as_the_loop_does(pipe):
+def test_estimates_rank_as_the_loop_does(pipe, monkeypatch):
+    """With three random models and two draws each: .98 to .99 (two loops with other seeds: .99); with a tenth .82 to .93."""
     how = {"conditions": tiny.PROMPTS, "include": ["mid_block", "up_blocks.0"], "num_inference_steps": 3}
     exact = pipe.score(**how)
-    EFFORTS["a tenth"] = 10
-    try:
-        estimated = pipe.score(effort="a tenth", **how)
-    finally:
-        del EFFORTS["a tenth"]
+    monkeypatch.setitem(EFFORTS, "as much as the loop", 1)
+    estimated = pipe.score(effort="as much as the loop", **how)
     a, b = ([r.score() for r in scores] for scores in (exact, estimated))
     order = [torch.tensor(v).argsort().argsort().double() for v in (a, b)]
-    assert torch.corrcoef(torch.stack(order))[0, 1] > 0.8, (
-        "random weights; trained ones agree better, see docs/scoring.md"
-    )
+    assert torch.corrcoef(torch.stack(order))[0, 1] > 0.95
     ratio = (torch.tensor(b) / torch.tensor(a)).median().item()
     assert 0.3 < ratio < 3, "estimates are in the units of the loop"
 
@@ -181,6 +177,7 @@ def test_a_pipeline_that_cannot_be_differentiated_says_so(pipe, monkeypatch):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
+        ({"effort": "fast", "k": 0}, "k: got 0, expected 1 or more"),
         ({"effort": "slow"}, "effort: got 'slow', expected one of"),
         ({"effort": "fast", "criterion": "random"}, "only latent shifts are estimated"),
         ({"effort": "fast", "component": "vae"}, "which decodes; use effort='exact'"),
@@ -212,10 +209,53 @@ def test_sorts_are_by_class_name_and_stand_in(pipe):
     assert len(convolutions) > 2 and all(todo[n][0].path.endswith("conv1") for n in convolutions)
 
 
-def test_agreement_of_halves():
-    halves = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0]])
-    estimates = Estimates(halves[0], halves)
-    assert [estimates.agreement(k) for k in (1, 2, 3)] == [1.0, 0.5, 1.0]
+def measured_rows(pipe, monkeypatch, k, refined=6):
+    """(rows whose real errors were measured, in turn; todo; the linear estimates; the moves that came out)."""
+    todo, order, linear = todo_of(pipe, include=["mid_block*"]), [], []
+
+    def applying(model, modifications):
+        order.append(modifications[0].path)
+        return applied(model, modifications)
+
+    def refining(model, todo, runs, moves, *rest):
+        linear.append(moves)
+        return refine(model, todo, runs, moves, *rest)
+
+    refine = effort._refined
+    monkeypatch.setattr(effort, "applied", applying)
+    monkeypatch.setattr(effort, "_refined", refining)
+    budget = Budget(latents=2, probes=1, refined=refined, points=8)
+    with preserved(pipe):
+        moves = effort.estimate_moves(pipe, pipe.unet, jobs_of(pipe), todo, budget, 0, 3, k, lambda: None)
+    return order, todo, linear[0].mean(0), moves.mean(0)
+
+
+def test_refinement_goes_to_the_cut_or_to_the_least_important(pipe, monkeypatch):
+    order, todo, linear, moves = measured_rows(pipe, monkeypatch, None)
+    lowest = [todo[n][0].path for n in linear.argsort()[:6]]
+    assert order == lowest
+    order, todo, linear, moves = measured_rows(pipe, monkeypatch, 12)
+    rank = {todo[n][0].path: i for i, n in enumerate(linear.argsort(descending=True).tolist())}  # by the best stand-in
+    assert len(order) == 6 and lowest[0] not in order
+    places = sorted(len(todo) - rank[path] for path in order)
+    assert places[0] > 3 and places[-1] < len(todo) / 2, "near the twelfth"
+    others = [n for n, (operator, _) in enumerate(todo) if operator.path not in order]
+    assert torch.equal(moves[others], linear[others]) and not torch.equal(moves, linear)
+
+
+def test_refinement_ends_when_no_row_is_near_enough_to_matter(pipe, monkeypatch):
+    monkeypatch.setattr(effort, "SURE", 1e-6)
+    order = measured_rows(pipe, monkeypatch, 12, refined=16)[0]
+    assert 4 <= len(order) < 8, "the first stage of four, then no more than what is at the cut itself"
+
+
+def test_prune_says_how_many_and_keeps_how_sure_the_choice_is(pipe, capsys, monkeypatch):
+    monkeypatch.setitem(EFFORTS, "balanced", 4)  # enough for both halves of the latents
+    pipe.set_progress_bar_config(disable=False)
+    plan = make_plan(pipe, 5, effort="balanced", conditions=tiny.PROMPTS, **PART)
+    assert plan.how["settings"]["k"] == 5 and 0 <= plan.how["agreement"] <= 1
+    assert "two halves of the scores agree on" in str(plan)
+    assert "% of 5\n" in capsys.readouterr().err
 
 
 def test_rounds_and_joint_damage_are_exact_and_say_so_at_once(pipe, monkeypatch):

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ld_pruner_hf"
 LEVELS = {
     "plan": 0, "demo": 0, "evaluation.nets": 0, "evaluation.samples": 0,
     "scores": 1, "replacements": 1, "latents": 1, "loading": 1, "evaluation.results": 1, "evaluation.extractors": 1,
-    "surgery": 2, "selection": 2, "evaluation.metrics": 2,
+    "surgery": 2, "selection": 2, "batching": 2, "evaluation.metrics": 2,
     "profiling": 3, "modeling": 3,
     "watching": 4, "stock": 4, "fitting": 4, "trajectory": 4, "measurements": 4, "remote_code": 4, "reuse": 4,
     "evaluation.generation": 4, "evaluation.speed": 4,

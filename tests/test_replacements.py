@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,12 @@ def test_an_identity_runs_no_tensor_operation():
         assert not operations and not stand_in.state_dict()
         run(adapt(), x)
     assert operations
+
+
+def test_its_tensors_are_freed_at_once():
+    """No reference cycle: on a GPU, what waits for the garbage collector is memory that is missing."""
+    made = weakref.ref(run(adapt(factors=(2, 2)), torch.randn(2, 4, 5, 5)))
+    assert made() is None
 
 
 @pytest.mark.parametrize(("size", "pooled"), [((8, 8), (4, 4)), ((7, 5), (4, 3)), ((1, 2), (1, 1))])

@@ -16,7 +16,7 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline
 
-from ld_pruner_hf import OperatorScores, PlanError, score_cost, scoring
+from ld_pruner_hf import OperatorScores, PlanError, make_plan, score_cost, scoring
 from ld_pruner_hf.latents import make_jobs, preserved
 from ld_pruner_hf.operators import find_operators
 from ld_pruner_hf.replacements import StandIn
@@ -54,6 +54,16 @@ def forbid_calls(monkeypatch, pipe) -> None:
 
 
 # ---- the score -----------------------------------------------------------------------------------------------------
+
+
+def test_what_saves_nothing_can_be_skipped(pipe):
+    how = {"conditions": "pizza", "num_inference_steps": 1, "include": "mid_block.resnets.0", "criterion": "magnitude"}
+    everything, rest = (pipe.score(skip_free=skip, **how) for skip in (False, True))
+    free = {r.key for r in everything if r.params_removed <= 0 and r.macs_removed <= 0}
+    assert ("mid_block.resnets.0.nonlinearity", "identity") in free
+    assert {r.key for r in rest} == {r.key for r in everything} - free and rest.settings["skip_free"] is True
+    with pytest.raises(ValueError, match=r"expected 1 to \d+"):
+        make_plan(pipe, len(free) + len(rest), skip_free=True, **how)
 
 
 def test_distances_by_hand():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scores import row, scores
 
-from ld_pruner_hf import top_k
+from ld_pruner_hf import agreement, top_k
 from ld_pruner_hf.plan import is_inside
-from ld_pruner_hf.selection import check_k, innermost, least_important
+from ld_pruner_hf.selection import check_k, competing, innermost, least_important
 
 
 def table(**values: float):
@@ -38,6 +40,23 @@ def test_a_block_is_passed_over_if_k_would_be_out_of_reach():
     assert paths(top_k(s, 1)) == ["x"]
     assert paths(top_k(s, 2)) == ["x.a", "x.b"], "both are less important than y"
     assert paths(top_k(s, 3)) == ["x.a", "x.b", "y"]
+
+
+def test_agreement_of_two_halves_of_the_conditions():
+    halves = {"a": (1, 1, 1, 1), "b": (2, 3, 2, 3), "c": (3, 2, 3, 2), "d": (4, 4, 4, 4)}
+    s = scores(*(row(path, values, (0.0,) * 4) for path, values in halves.items()))
+    assert [agreement(s, partial(top_k, k=k)) for k in (1, 2, 3)] == [1, 0.5, 1]
+    failed = row("e", (), (), error="no")
+    assert agreement(replace(s, rows=(*s.rows, failed)), partial(top_k, k=2)) == 0.5
+    assert agreement(table(a=1, b=2), partial(top_k, k=1)) is None, "one value each: conditions pooled, or one alone"
+    alone = replace(s, rows=tuple(replace(r, random=1.0) for r in s), criterion="random")
+    assert agreement(alone, partial(top_k, k=1)) is None
+
+
+def test_innermost_and_the_head_that_competes():
+    assert innermost(["x", "x.a", "x.a.b", "xa", "y"]) == ["x.a.b", "xa", "y"]
+    ranked = ["x.a", "x", "x.b", "y", "z"]
+    assert [competing(ranked, k) for k in (1, 2, 3, 4, 9)] == [1, 3, 4, 5, 5]
 
 
 def test_criterion_changes_the_choice():

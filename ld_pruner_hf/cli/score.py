@@ -22,13 +22,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", metavar="DIR", help="folder for scores.jsonl, .csv and .json; default: <pipeline>-scores"
     )
+    parser.add_argument(
+        "-k",
+        type=int,
+        metavar="K",
+        help="how many operators will be taken out: estimates are then refined where that choice is made",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what it would cost, from a short measurement")
     add_scoring(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     folder = Path(args.output or slug(args.pipeline) + "-scores")
-    how = {**scoring_arguments(args), "component": args.component, "criterion": args.criterion or CRITERIA[0]}
+    how = {
+        **scoring_arguments(args),
+        "component": args.component,
+        "criterion": args.criterion or CRITERIA[0],
+        "k": args.k,
+    }
     pipe = load_pipeline(args.pipeline, args.dtype, args.device)
     if args.dry_run:
         for component in denoisers_of(pipe, args.component, how):
