@@ -10,8 +10,9 @@ import families
 import tiny
 import torch
 from diffusers.pipelines.ace_step import AceStepConditionEncoder
+from diffusers.pipelines.stable_audio_3 import StableAudio3DurationEmbedder
 from families import SIZE, Built, autoencoder, embeds, flow, further, noise, picture, wan_vae
-from transformers import ClapTextConfig, ClapTextModelWithProjection
+from transformers import ClapTextConfig, ClapTextModelWithProjection, CLIPTextModel
 
 
 def assemble(kind: Any, **components: Any) -> Any:
@@ -447,3 +448,48 @@ def audioldm() -> Built:
     parts["text_encoder"] = ClapTextModelWithProjection(ClapTextConfig(vocab_size=16, projection_dim=32, **sizes))
     call = {"prompt_embeds": noise(1, 32), "negative_prompt_embeds": noise(1, 32, seed=1), "audio_length_in_s": 0.005}
     return assemble(d.AudioLDMPipeline, unet=unet, **parts), call
+
+
+@further
+def krea2() -> Built:
+    transformer = d.Krea2Transformer2DModel(
+        in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=2, text_num_attention_heads=2,
+        text_num_key_value_heads=2, text_intermediate_size=32, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    vae = families.qwen_image()[0].vae
+    pipe = assemble(d.Krea2Pipeline, transformer=transformer, scheduler=flow(), vae=vae)
+    call = {}
+    for seed, sign in enumerate(("", "negative_")):
+        call[f"{sign}prompt_embeds"] = noise(1, 7, 2, 16, seed=seed)
+        call[f"{sign}prompt_embeds_mask"] = torch.ones(1, 7, dtype=torch.bool)
+    return pipe, {**call, **SIZE}
+
+
+@further
+def stable_audio_3() -> Built:
+    transformer = d.StableAudio3DiTModel(
+        io_channels=4, embed_dim=16, depth=2, num_heads=2, cond_token_dim=8, global_cond_dim=8, local_add_cond_dim=5,
+        timestep_features_dim=8, num_memory_tokens=2,
+    )  # fmt: skip
+    vae = d.AutoencoderSAME(
+        patch_size=4, encoder_channels=8, encoder_c_mults=(1,), encoder_strides=(2,), encoder_transformer_depths=(1,),
+        latent_dim=4, dim_heads=4, sampling_rate=16,
+    )  # fmt: skip
+    embedder = StableAudio3DurationEmbedder(output_dim=8, fourier_dim=8)
+    pipe = assemble(
+        d.StableAudio3Pipeline, transformer=transformer, scheduler=flow(), vae=vae, duration_embedder=embedder
+    )
+    mask = torch.ones(1, 7, dtype=torch.long)
+    return pipe, {"prompt_embeds": noise(1, 7, 8), "encoder_attention_mask": mask, "duration": 2.0}
+
+
+@further
+def ldm_text_to_image() -> Built:
+    text, tokenizer = families.text_with_projection()
+    pipe = d.LDMTextToImagePipeline(
+        vqvae=autoencoder(), bert=CLIPTextModel(text.config), tokenizer=tokenizer, unet=tiny.unet(),
+        scheduler=tiny.scheduler(),
+    )  # fmt: skip
+    return pipe, {"prompt": "red heart", "height": 64, "width": 64}
