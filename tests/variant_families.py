@@ -622,3 +622,9 @@ def alt_diffusion() -> Built:
 @further
 def alt_diffusion_img2img() -> Built:
     return alt_diffusion_with(d.AltDiffusionImg2ImgPipeline, image=picture(), strength=1.0)
+
+
+@further
+def bria_fibo_edit() -> Built:
+    call = {"prompt": '{"edit_instruction": "red heart"}', "image": picture(32), "_auto_resize": False}
+    return with_component("bria_fibo", d.BriaFiboEditPipeline, call)

@@ -268,7 +268,7 @@ def ltx2() -> Built:
 
 @further
 def ltx2_image_to_video() -> Built:
-    return with_component("ltx2", d.LTX2ImageToVideoPipeline, {"image": picture(32), "crf": 0})
+    return with_component("ltx2", d.LTX2ImageToVideoPipeline, {"image": picture(32), "image_crf": 0})
 
 
 @further
