@@ -91,6 +91,9 @@ def build_stock(model: Any, edits: Mapping[str, Any]) -> nn.Module:
 def misfits(model: nn.Module, stock: nn.Module, rename: Rename, narrow: Mapping[str, Any] | None = None) -> list[str]:
     """Why the stock model's weights are not those of `model` at the renamed keys; empty if they are.
 
+    Tables that are not saved with the weights must have their shapes, too: some are made from the number of blocks (Chroma's
+    modulation), and what reads them would read other rows.
+
     Args:
         rename: key (or path) in the stock model -> key in `model`.
         narrow: modules of the stock model whose inputs are cut; their shapes may differ.
@@ -102,6 +105,12 @@ def misfits(model: nn.Module, stock: nn.Module, rename: Rename, narrow: Mapping[
             wrong.append(f"{key}: no {source}")
         elif have[source].shape != value.shape and key.rpartition(".")[0] not in (narrow or {}):
             wrong.append(f"{key}: {tuple(value.shape)}, {source} is {tuple(have[source].shape)}")
+    tables = dict(model.named_buffers())
+    for key, value in stock.named_buffers():
+        source = rename(key)
+        found = tuple(tables[source].shape) if source in tables else "missing"
+        if found != tuple(value.shape):
+            wrong.append(f"{key}: {tuple(value.shape)}, {source} is {found}")
     return wrong
 
 

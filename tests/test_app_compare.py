@@ -246,4 +246,4 @@ def test_a_device_that_is_not_there(app_config):
 def test_the_demo_pipeline_compares_with_no_download():
     comparer = Comparer(AppConfig((ModelEntry("demo:emoji", title="Emoji"),)), "cpu")
     columns = comparer.compare(Request("Emoji", "red heart", k=160, steps=1)).columns
-    assert columns[1].cost.params / columns[0].cost.params == pytest.approx(0.46, abs=0.01)  # as the README says
+    assert columns[1].cost.params / columns[0].cost.params == pytest.approx(0.43, abs=0.01)  # as the README says
