@@ -50,7 +50,6 @@ REASONS = {
     "EasyAnimateInpaintPipeline": "fails in diffusers itself: it reads `vae.config.cache_mag_vae`, which does not exist",
     "KarrasVePipeline": "prunes and runs, but diffusers cannot load the scheduler that it saves",
     "ChromaInpaintPipeline": "fails in diffusers itself: it reads `transformer.config.guidance_embeds`, which does not exist",
-    "Kandinsky5I2IPipeline": "makes pictures of 0.9 megapixels or more only, which takes too long here",
     "LEditsPPPipelineStableDiffusion": "needs a call of its `invert` before",
     "LEditsPPPipelineStableDiffusionXL": "needs a call of its `invert` before",
     "OmniGenPipeline": "its processor needs torchvision, which is not installed here",
