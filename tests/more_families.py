@@ -10,8 +10,17 @@ import families
 import tiny
 import torch
 from diffusers.pipelines.ace_step import AceStepConditionEncoder
+from diffusers.pipelines.stable_audio_3 import StableAudio3DurationEmbedder
 from families import SIZE, Built, autoencoder, embeds, flow, further, noise, picture, wan_vae
-from transformers import ClapTextConfig, ClapTextModelWithProjection
+from transformers import (
+    ClapTextConfig,
+    ClapTextModelWithProjection,
+    CLIPTextModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 
 def assemble(kind: Any, **components: Any) -> Any:
@@ -447,3 +456,98 @@ def audioldm() -> Built:
     parts["text_encoder"] = ClapTextModelWithProjection(ClapTextConfig(vocab_size=16, projection_dim=32, **sizes))
     call = {"prompt_embeds": noise(1, 32), "negative_prompt_embeds": noise(1, 32, seed=1), "audio_length_in_s": 0.005}
     return assemble(d.AudioLDMPipeline, unet=unet, **parts), call
+
+
+@further
+def krea2() -> Built:
+    transformer = d.Krea2Transformer2DModel(
+        in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=2, text_num_attention_heads=2,
+        text_num_key_value_heads=2, text_intermediate_size=32, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    vae = families.qwen_image()[0].vae
+    pipe = assemble(d.Krea2Pipeline, transformer=transformer, scheduler=flow(), vae=vae)
+    call = {}
+    for seed, sign in enumerate(("", "negative_")):
+        call[f"{sign}prompt_embeds"] = noise(1, 7, 2, 16, seed=seed)
+        call[f"{sign}prompt_embeds_mask"] = torch.ones(1, 7, dtype=torch.bool)
+    return pipe, {**call, **SIZE}
+
+
+@further
+def stable_audio_3() -> Built:
+    transformer = d.StableAudio3DiTModel(
+        io_channels=4, embed_dim=16, depth=2, num_heads=2, cond_token_dim=8, global_cond_dim=8, local_add_cond_dim=5,
+        timestep_features_dim=8, num_memory_tokens=2,
+    )  # fmt: skip
+    vae = d.AutoencoderSAME(
+        patch_size=4, encoder_channels=8, encoder_c_mults=(1,), encoder_strides=(2,), encoder_transformer_depths=(1,),
+        latent_dim=4, dim_heads=4, sampling_rate=16,
+    )  # fmt: skip
+    embedder = StableAudio3DurationEmbedder(output_dim=8, fourier_dim=8)
+    pipe = assemble(
+        d.StableAudio3Pipeline, transformer=transformer, scheduler=flow(), vae=vae, duration_embedder=embedder
+    )
+    mask = torch.ones(1, 7, dtype=torch.long)
+    return pipe, {"prompt_embeds": noise(1, 7, 8), "encoder_attention_mask": mask, "duration": 2.0}
+
+
+@further
+def ldm_text_to_image() -> Built:
+    text, tokenizer = families.text_with_projection()
+    pipe = d.LDMTextToImagePipeline(
+        vqvae=autoencoder(), bert=CLIPTextModel(text.config), tokenizer=tokenizer, unet=tiny.unet(),
+        scheduler=tiny.scheduler(),
+    )  # fmt: skip
+    return pipe, {"prompt": "red heart", "height": 64, "width": 64}
+
+
+@further
+def longcat_image() -> Built:
+    transformer = d.LongCatImageTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8],
+    )  # fmt: skip
+    text = {
+        "vocab_size": len(tiny.tokenizer()), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    pipe = assemble(
+        d.LongCatImagePipeline, transformer=transformer, scheduler=flow(), vae=autoencoder(16),
+        text_encoder=text_encoder, tokenizer=tiny.tokenizer(),
+    )  # fmt: skip
+    return pipe, {"prompt": "red heart", "enable_prompt_rewrite": False, **SIZE}
+
+
+@further
+def bria_fibo() -> Built:
+    transformer = d.BriaFiboTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=[0, 4, 4], text_encoder_dim=8,
+    )  # fmt: skip
+    text = SmolLM3Config(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+    )
+    pipe = assemble(
+        d.BriaFiboPipeline, transformer=transformer, scheduler=flow(), vae=wan_vae(),
+        text_encoder=SmolLM3ForCausalLM(text), tokenizer=tiny.tokenizer(),
+    )  # fmt: skip
+    return pipe, {"prompt": "red heart", "height": 32, "width": 32}
+
+
+@further
+def nucleus_moe() -> Built:
+    transformer = d.NucleusMoEImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=5, attention_head_dim=16, num_attention_heads=2,
+        num_key_value_heads=1, joint_attention_dim=16, axes_dims_rope=(8, 4, 4), num_experts=4,
+        moe_intermediate_dim=16, capacity_factors=2.0,
+    )  # fmt: skip
+    for p in transformer.parameters():  # the class leaves the weights of its experts unset
+        torch.nn.init.normal_(p, std=0.1)
+    vae = families.qwen_image()[0].vae
+    pipe = assemble(d.NucleusMoEImagePipeline, transformer=transformer, scheduler=flow(), vae=vae)
+    return pipe, {**embeds(7, 16, mask="embeds_mask"), **SIZE}

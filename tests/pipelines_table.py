@@ -49,6 +49,7 @@ REASONS = {
     "EasyAnimateControlPipeline": "fails in diffusers itself: its `encode_prompt` does not take `text_encoder_index`",
     "EasyAnimateInpaintPipeline": "fails in diffusers itself: it reads `vae.config.cache_mag_vae`, which does not exist",
     "KarrasVePipeline": "prunes and runs, but diffusers cannot load the scheduler that it saves",
+    "ChromaInpaintPipeline": "fails in diffusers itself: it reads `transformer.config.guidance_embeds`, which does not exist",
     "LEditsPPPipelineStableDiffusion": "needs a call of its `invert` before",
     "LEditsPPPipelineStableDiffusionXL": "needs a call of its `invert` before",
     "OmniGenPipeline": "its processor needs torchvision, which is not installed here",
@@ -155,7 +156,7 @@ def load(folder: str) -> Any:
     """The pipeline that is saved in `folder`; what diffusers cannot load by the name that it saves itself is put in afterwards."""
     index = json.loads((Path(folder) / "model_index.json").read_text())
     kind = getattr(diffusers, index["_class_name"])
-    entries = {k: v for k, v in index.items() if isinstance(v, list)}
+    entries = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2}  # library, class
     nameless = [k for k, (library, name) in entries.items() if library == "diffusers" and not hasattr(diffusers, name)]
     absent = [k for k, v in entries.items() if v[0] is None]  # asked for by name
     pipe = kind.from_pretrained(folder, **dict.fromkeys([*absent, *nameless]))

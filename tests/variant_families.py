@@ -9,13 +9,14 @@ import diffusers as d
 import families
 import tiny
 import torch
-from families import SIZE, Built, further, image_processor, mask, noise, picture, vision
+from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
+from families import SIZE, Built, autoencoder, embeds, further, image_processor, mask, noise, picture, vision
 from more_families import assemble
 
 
 def with_component(family: str, kind: Any, call: dict[str, Any], **extra: Any) -> Built:
     """Another pipeline class of a family's components and `extra` ones."""
-    pipe, own = families.FAMILIES[family]()
+    pipe, own = {**families.FAMILIES, **families.MORE}[family]()
     names = inspect.signature(kind.__init__).parameters
     components = {k: v for k, v in pipe.components.items() if k in names}
     taken = inspect.signature(kind.__call__).parameters
@@ -55,6 +56,25 @@ def qwen_image_controlnet() -> Built:
     return with_component(
         "qwen_image", d.QwenImageControlNetPipeline, {"control_image": picture()}, controlnet=controlnet
     )
+
+
+@further
+def qwen_image_controlnet_inpaint() -> Built:
+    controlnet = d.QwenImageControlNetModel.from_transformer(
+        families.qwen_image()[0].transformer, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        extra_condition_channels=4,
+    )  # fmt: skip
+    call = {"control_image": picture(), "control_mask": mask()}
+    return with_component("qwen_image", d.QwenImageControlNetInpaintPipeline, call, controlnet=controlnet)
+
+
+@further
+def sd3_controlnet_inpainting() -> Built:
+    controlnet = d.SD3ControlNetModel.from_transformer(
+        families.sd3()[0].transformer, num_layers=1, num_extra_conditioning_channels=1
+    )
+    call = {"control_image": picture(), "control_mask": mask()}
+    return with_component("sd3", d.StableDiffusion3ControlNetInpaintingPipeline, call, controlnet=controlnet)
 
 
 @further
@@ -341,6 +361,66 @@ def flux_fill() -> Built:
 
 
 @further
+def sd3_inpaint() -> Built:
+    transformer = d.SD3Transformer2DModel.from_config(
+        {**families.sd3()[0].transformer.config, "in_channels": 16, "out_channels": 16}
+    )
+    call = {"image": picture(), "mask_image": mask(), "strength": 1.0}
+    parts = {"transformer": transformer, "vae": autoencoder(16)}
+    return with_component("sd3", d.StableDiffusion3InpaintPipeline, call, **parts)
+
+
+def flux2_klein_with(kind: Any, **call: Any) -> Built:
+    return with_component("flux2", kind, {"negative_prompt_embeds": noise(1, 7, 16, seed=1), **call})
+
+
+@further
+def flux2_klein() -> Built:
+    return flux2_klein_with(d.Flux2KleinPipeline)
+
+
+@further
+def flux2_klein_inpaint() -> Built:
+    return flux2_klein_with(d.Flux2KleinInpaintPipeline, image=picture(), mask_image=mask(), strength=1.0)
+
+
+@further
+def flux2_klein_kv() -> Built:
+    return flux2_klein_with(d.Flux2KleinKVPipeline, image=picture(64))
+
+
+def qwen_image_edit_with(kind: Any, **call: Any) -> Built:
+    """They scale pictures to a megapixel, so the autoencoder does little at that size and has to scale them down much."""
+    vae = d.AutoencoderKLQwenImage(
+        base_dim=1, z_dim=4, dim_mult=[1] * 6, num_res_blocks=0, temperal_downsample=[False] * 5,
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    return with_component("qwen_image", kind, {"image": picture(), "height": 64, "width": 64, **call}, vae=vae)
+
+
+@further
+def qwen_image_edit() -> Built:
+    return qwen_image_edit_with(d.QwenImageEditPipeline)
+
+
+@further
+def qwen_image_edit_plus() -> Built:
+    return qwen_image_edit_with(d.QwenImageEditPlusPipeline)
+
+
+@further
+def qwen_image_edit_inpaint() -> Built:
+    return qwen_image_edit_with(d.QwenImageEditInpaintPipeline, mask_image=mask(), strength=1.0)
+
+
+@further
+def qwen_image_layered() -> Built:
+    """With a text encoder, of which only the type of its weights is asked."""
+    pipe, call = qwen_image_edit_with(d.QwenImageLayeredPipeline, prompt="red heart", layers=1)
+    return d.QwenImageLayeredPipeline(**{**pipe.components, "text_encoder": families.t5()}), call
+
+
+@further
 def sana_sprint() -> Built:
     transformer = d.SanaTransformer2DModel(
         patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=4,
@@ -394,6 +474,64 @@ def kandinsky_inpaint() -> Built:
 
 
 @further
+def kandinsky_inpaint_combined() -> Built:
+    parts = {f"prior_{k}": v for k, v in families.kandinsky_prior()[0].components.items()}
+    parts["unet"] = families.kandinsky_unet(in_channels=9)
+    call = {"prompt": "red heart", "image": picture(32), "mask_image": mask(32), "prior_num_inference_steps": 2}
+    return with_component("kandinsky_decoder", d.KandinskyV22InpaintCombinedPipeline, call, **parts)
+
+
+def kandinsky_21_with(kind: Any, in_channels: int = 4, prior: bool = False, **call: Any) -> Built:
+    """Kandinsky 2.1: the decoder sees the text, too."""
+    tokenizer = tiny.tokenizer()
+    text = MCLIPConfig(
+        vocab_size=len(tokenizer), transformerDimSize=16, imageDimSize=32, hidden_size=16, intermediate_size=16,
+        num_attention_heads=2, num_hidden_layers=1,
+    )  # fmt: skip
+    unet = families.kandinsky_unet(
+        in_channels=in_channels, addition_embed_type="text_image", encoder_hid_dim=16,
+        encoder_hid_dim_type="text_image_proj",
+    )  # fmt: skip
+    parts = {"text_encoder": MultilingualCLIP(text), "tokenizer": tokenizer, "unet": unet}
+    call["prompt"] = "red heart"
+    if prior:
+        parts |= {f"prior_{k}": v for k, v in families.kandinsky_prior()[0].components.items()}
+        call["prior_num_inference_steps"] = 2
+    return with_component("kandinsky_decoder", kind, call, **parts)
+
+
+@further
+def kandinsky_21() -> Built:
+    return kandinsky_21_with(d.KandinskyPipeline)
+
+
+@further
+def kandinsky_21_img2img() -> Built:
+    return kandinsky_21_with(d.KandinskyImg2ImgPipeline, image=picture(32), strength=1.0)
+
+
+@further
+def kandinsky_21_inpaint() -> Built:
+    return kandinsky_21_with(d.KandinskyInpaintPipeline, in_channels=9, image=picture(32), mask_image=mask(32))
+
+
+@further
+def kandinsky_21_combined() -> Built:
+    return kandinsky_21_with(d.KandinskyCombinedPipeline, prior=True)
+
+
+@further
+def kandinsky_21_img2img_combined() -> Built:
+    return kandinsky_21_with(d.KandinskyImg2ImgCombinedPipeline, prior=True, image=picture(32), strength=1.0)
+
+
+@further
+def kandinsky_21_inpaint_combined() -> Built:
+    call = {"image": picture(32), "mask_image": mask(32)}
+    return kandinsky_21_with(d.KandinskyInpaintCombinedPipeline, in_channels=9, prior=True, **call)
+
+
+@further
 def wuerstchen_combined() -> Built:
     prior = {f"prior_{k}": v for k, v in families.MORE["wuerstchen_prior"]()[0].components.items()}
     decoder = families.MORE["wuerstchen_decoder"]()[0].components
@@ -403,13 +541,39 @@ def wuerstchen_combined() -> Built:
 
 @further
 def z_image_controlnet() -> Built:
-    pipe, call = families.MORE["z_image"]()
+    return z_image_with(d.ZImageControlNetPipeline, {}, control_in_dim=4)
+
+
+@further
+def z_image_controlnet_inpaint() -> Built:
+    changes = {"control_in_dim": 4 + 1 + 4, "add_control_noise_refiner": "control_noise_refiner"}
+    call = {"image": picture(32), "mask_image": mask(32)}
+    return z_image_with(d.ZImageControlNetInpaintPipeline, call, **changes)
+
+
+def z_image_with(kind: Any, call: dict[str, Any], **changes: Any) -> Built:
     controlnet = d.ZImageControlNetModel(
-        control_layers_places=[0], control_refiner_layers_places=[0], control_in_dim=4, dim=32, n_refiner_layers=1,
-        n_heads=2, n_kv_heads=2,
+        control_layers_places=[0], control_refiner_layers_places=[0], dim=32, n_refiner_layers=1, n_heads=2,
+        n_kv_heads=2, **changes,
     )  # fmt: skip
-    pipe = d.ZImageControlNetPipeline(**pipe.components, controlnet=controlnet)
-    return pipe, {**call, "control_image": picture(32)}
+    return with_component("z_image", kind, {"control_image": picture(32), **call}, controlnet=controlnet)
+
+
+@further
+def z_image_img2img() -> Built:
+    return with_component("z_image", d.ZImageImg2ImgPipeline, {"image": picture(32), "strength": 1.0})
+
+
+@further
+def z_image_inpaint() -> Built:
+    call = {"image": picture(32), "mask_image": mask(32), "strength": 1.0}
+    return with_component("z_image", d.ZImageInpaintPipeline, call)
+
+
+@further
+def z_image_omni() -> Built:
+    call = {"prompt_embeds": [[noise(7, 16)]], "negative_prompt_embeds": [[noise(7, 16, seed=1)]]}
+    return with_component("z_image", d.ZImageOmniPipeline, call, siglip=None, siglip_processor=None)
 
 
 @further
@@ -427,3 +591,40 @@ def gligen_with_images() -> Built:
 @further
 def audio_diffusion() -> Built:
     return tiny.audio_diffusion(), {}
+
+
+@further
+def music_ldm() -> Built:
+    return with_component("audioldm", d.MusicLDMPipeline, {})
+
+
+@further
+def stable_audio_3_audio_to_audio() -> Built:
+    return with_component("stable_audio_3", d.StableAudio3AudioToAudioPipeline, {"audio": noise(1, 2, 32)})
+
+
+@further
+def stable_audio_3_inpaint() -> Built:
+    call = {"audio": noise(1, 2, 32), "mask_start_seconds": 0.5, "mask_end_seconds": 1.5}
+    return with_component("stable_audio_3", d.StableAudio3InpaintPipeline, call)
+
+
+def alt_diffusion_with(kind: Any, **call: Any) -> Built:
+    without_text = {"text_encoder": None, "tokenizer": None}
+    return with_component("sd", kind, {"prompt": None, **embeds(7, 32), **call}, **without_text)
+
+
+@further
+def alt_diffusion() -> Built:
+    return alt_diffusion_with(d.AltDiffusionPipeline)
+
+
+@further
+def alt_diffusion_img2img() -> Built:
+    return alt_diffusion_with(d.AltDiffusionImg2ImgPipeline, image=picture(), strength=1.0)
+
+
+@further
+def bria_fibo_edit() -> Built:
+    call = {"prompt": '{"edit_instruction": "red heart"}', "image": picture(32), "_auto_resize": False}
+    return with_component("bria_fibo", d.BriaFiboEditPipeline, call)

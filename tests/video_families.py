@@ -8,7 +8,9 @@ import diffusers as d
 import families
 import tiny
 import torch
-from families import SIZE, Built, embeds, flow, further, image_processor, noise, picture, wan_vae
+from diffusers import ModelMixin
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
+from families import SIZE, Built, autoencoder, embeds, flow, further, image_processor, noise, picture, wan_vae
 from more_families import assemble
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 from variant_families import with_component
@@ -83,6 +85,11 @@ def hunyuan_skyreels() -> Built:
     return hunyuan_video_with(d.HunyuanSkyreelsImageToVideoPipeline, call, in_channels=8, guidance_embeds=True)
 
 
+def siglip(hidden_size: int) -> SiglipVisionModel:
+    sizes = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return SiglipVisionModel(SiglipVisionConfig(image_size=32, patch_size=16, hidden_size=hidden_size, **sizes))
+
+
 @further
 def framepack() -> Built:
     transformer = d.HunyuanVideoFramepackTransformer3DModel(
@@ -90,20 +97,32 @@ def framepack() -> Built:
         num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4), has_image_proj=True,
         image_proj_dim=8, has_clean_x_embedder=True,
     )  # fmt: skip
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = SiglipVisionModel(SiglipVisionConfig(image_size=32, patch_size=16, **sizes))
-    parts = {"transformer": transformer, "image_encoder": vision, "feature_extractor": image_processor_32()}
+    parts = {"transformer": transformer, "image_encoder": siglip(8), "feature_extractor": image_processor_32()}
     call = {"image": picture(32), "num_frames": 9, "latent_window_size": 3, "height": 32, "width": 32}
     return with_component("hunyuan_video", d.HunyuanVideoFramepackPipeline, call, **parts)
 
 
-@further
-def hunyuan_video_15() -> Built:
-    transformer = d.HunyuanVideo15Transformer3DModel(
+def hunyuan_video_15_transformer(task: str) -> d.HunyuanVideo15Transformer3DModel:
+    return d.HunyuanVideo15Transformer3DModel(
         in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, num_refiner_layers=1,
         text_embed_dim=32, text_embed_2_dim=16, image_embed_dim=12, rope_axes_dim=(2, 2, 4), target_size=16,
-        task_type="t2v",
+        task_type=task,
     )  # fmt: skip
+
+
+@further
+def hunyuan_video_15_image_to_video() -> Built:
+    parts = {
+        "transformer": hunyuan_video_15_transformer("i2v"), "image_encoder": siglip(12),
+        "feature_extractor": image_processor_32(),
+    }  # fmt: skip
+    call = {"image": picture()}
+    return with_component("hunyuan_video_15", d.HunyuanVideo15ImageToVideoPipeline, call, **parts)
+
+
+@further
+def hunyuan_video_15() -> Built:
+    transformer = hunyuan_video_15_transformer("t2v")
     vae = d.AutoencoderKLHunyuanVideo15(
         latent_channels=4, block_out_channels=(16, 16, 16), layers_per_block=1, spatial_compression_ratio=4,
         temporal_compression_ratio=4,
@@ -182,6 +201,156 @@ def kandinsky5_image_to_video() -> Built:
         in_visual_dim=4, in_text_dim=16, in_text_dim2=16, time_dim=16, out_visual_dim=4, model_dim=16, ff_dim=32,
         num_text_blocks=1, num_visual_blocks=2, axes_dims=(2, 2, 4), visual_cond=True,
     )  # fmt: skip
-    pipe, call = families.MORE["kandinsky5"]()
-    parts = {**pipe.components, "transformer": transformer}
-    return d.Kandinsky5I2VPipeline(**parts), {**call, "image": picture()}
+    return with_component("kandinsky5", d.Kandinsky5I2VPipeline, {"image": picture()}, transformer=transformer)
+
+
+@further
+def kandinsky5_text_to_image() -> Built:
+    return with_component("kandinsky5", d.Kandinsky5T2IPipeline, {"height": 64, "width": 64}, vae=autoencoder())
+
+
+@further
+def anyflow() -> Built:
+    transformer = d.AnyFlowTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32
+    )
+    parts = {"transformer": transformer, "scheduler": d.FlowMapEulerDiscreteScheduler()}
+    return with_component("wan", d.AnyFlowPipeline, {}, **parts)
+
+
+@further
+def wan_animate() -> Built:
+    transformer = wan_transformer_of(
+        d.WanAnimateTransformer3DModel, latent_channels=16, image_dim=4, motion_encoder_size=16, motion_style_dim=8,
+        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_dim=4, motion_encoder_dim=16,
+        face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=2,
+    )  # fmt: skip
+    parts = {"transformer": transformer, "image_encoder": clip_vision(), "image_processor": image_processor_32()}
+    call = {"image": picture(), "pose_video": [picture()] * 5, "face_video": [picture()] * 5}
+    return with_component("wan", d.WanAnimatePipeline, {**call, "segment_frame_length": 5}, **parts)
+
+
+@further
+def skyreels_forcing_video_to_video() -> Built:
+    call = {"video": [picture()] * 5, "num_frames": 5, "overlap_history": 1, "base_num_frames": 5}
+    return with_component("skyreels", d.SkyReelsV2DiffusionForcingVideoToVideoPipeline, call)
+
+
+@further
+def ltx2() -> Built:
+    transformer = d.LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        audio_in_channels=8, audio_out_channels=8, audio_num_attention_heads=2, audio_attention_head_dim=4,
+        audio_cross_attention_dim=8, num_layers=2, caption_channels=16, rope_double_precision=False,
+    )  # fmt: skip
+    connectors = LTX2TextConnectors(
+        caption_channels=16, text_proj_in_factor=1, video_connector_num_attention_heads=4,
+        video_connector_attention_head_dim=4, video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None, audio_connector_num_attention_heads=4,
+        audio_connector_attention_head_dim=4, audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None, rope_double_precision=False,
+    )  # fmt: skip
+    vae = d.AutoencoderKLLTX2Video(
+        latent_channels=4, block_out_channels=(8,), down_block_types=("LTX2VideoDownBlock3D",),
+        decoder_block_out_channels=(8,), layers_per_block=(1,), decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,), decoder_spatio_temporal_scaling=(True,), downsample_type=("spatial",),
+        decoder_inject_noise=(False, False), upsample_type=("spatiotemporal",), upsample_residual=(False,),
+        upsample_factor=(1,), patch_size=4,
+    )  # fmt: skip
+    audio_vae = d.AutoencoderKLLTX2Audio(
+        base_channels=8, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2, mel_bins=16, resolution=32
+    )
+    parts = {"vae": vae, "audio_vae": audio_vae, "connectors": connectors, "transformer": transformer}
+    pipe = assemble(d.LTX2Pipeline, scheduler=flow(), **parts)
+    call = {**embeds(8, 16, mask="attention_mask"), "num_frames": 5, "height": 32, "width": 32}
+    return pipe, {**call, "frame_rate": 25.0, "spatio_temporal_guidance_blocks": [0]}
+
+
+@further
+def ltx2_image_to_video() -> Built:
+    return with_component("ltx2", d.LTX2ImageToVideoPipeline, {"image": picture(32), "image_crf": 0})
+
+
+@further
+def ltx2_condition() -> Built:
+    return with_component("ltx2", d.LTX2ConditionPipeline, {})
+
+
+@further
+def ltx2_in_context() -> Built:
+    return with_component("ltx2", d.LTX2InContextPipeline, {})
+
+
+@further
+def ltx2_hdr() -> Built:
+    return with_component("ltx2", d.LTX2HDRPipeline, {})
+
+
+@further
+def ltx2_dfr() -> Built:
+    return with_component("ltx2", d.LTX2DFRPipeline, {"generate_slots": False})
+
+
+class Unguarded(ModelMixin, d.ConfigMixin):
+    """Stands for the safety checker of Cosmos, which comes with a package of its own: everything passes."""
+
+    config_name = "config.json"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("nothing", torch.zeros(1))
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames: Any) -> Any:
+        return frames
+
+
+def cosmos_with(kind: Any, channels: int, vae: Any, scheduler: Any, **call: Any) -> Built:
+    transformer = d.CosmosTransformer3DModel(
+        in_channels=channels, out_channels=16, num_attention_heads=2, attention_head_dim=16, num_layers=2, mlp_ratio=2,
+        text_embed_dim=32, adaln_lora_dim=4, max_size=(4, 32, 32), concat_padding_mask=False,
+    )  # fmt: skip
+    parts = {"transformer": transformer, "vae": vae, "scheduler": scheduler, "safety_checker": Unguarded()}
+    return assemble(kind, **parts), {**embeds(7, 32), "height": 32, "width": 32, **call}
+
+
+def cosmos_vae() -> d.AutoencoderKLCosmos:
+    widths = (8, 8, 8, 8)
+    return d.AutoencoderKLCosmos(
+        encoder_block_out_channels=widths, decode_block_out_channels=widths, attention_resolutions=(8,), resolution=64,
+        num_layers=1, latents_mean=None, latents_std=None,
+    )  # fmt: skip
+
+
+@further
+def cosmos() -> Built:
+    scheduler = d.EDMEulerScheduler(sigma_max=80.0, final_sigmas_type="sigma_min")
+    return cosmos_with(d.CosmosTextToWorldPipeline, 16, cosmos_vae(), scheduler, num_frames=9)
+
+
+@further
+def cosmos_video_to_world() -> Built:
+    scheduler = d.EDMEulerScheduler(sigma_max=80.0, final_sigmas_type="sigma_min")
+    call = {"image": picture(32), "num_frames": 9}
+    return cosmos_with(d.CosmosVideoToWorldPipeline, 17, cosmos_vae(), scheduler, **call)
+
+
+@further
+def cosmos2_text_to_image() -> Built:
+    scheduler = d.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    return cosmos_with(d.Cosmos2TextToImagePipeline, 16, wan_vae(), scheduler)
+
+
+@further
+def cosmos2_video_to_world() -> Built:
+    scheduler = d.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    call = {"image": picture(32), "num_frames": 5}
+    return cosmos_with(d.Cosmos2VideoToWorldPipeline, 17, wan_vae(), scheduler, **call)
+
+
+@further
+def cosmos2_5_predict() -> Built:
+    vae, scheduler = wan_vae(), families.wan()[0].scheduler
+    return cosmos_with(d.Cosmos2_5_PredictBasePipeline, 17, vae, scheduler, num_frames=5)
