@@ -26,7 +26,7 @@ def quickest_batch_size(pipe: Any, conditions: Sequence[Condition], seeds: Seque
         while True:
             job = make_jobs(pipe, conditions, seeds, size)[0]
             seconds = _seconds(pipe, job) / len(job.seeds) if len(job.seeds) == size else float("inf")
-            if seconds > GAIN * least:
+            if seconds >= GAIN * least:  # also where not even one latent fits: the run itself then says so
                 break
             best, least, size = size, seconds, 2 * size
     if not quiet:

@@ -43,6 +43,7 @@ def test_it_ends_where_latents_or_memory_do(pipe, monkeypatch):
         return 6.0
 
     assert trial(monkeypatch, pipe, scarce, "pizza") == (2, [1, 2, 4])
+    assert trial(monkeypatch, pipe, lambda n: scarce(n + 2), "pizza") == (1, [1])
 
 
 def test_scores_are_those_of_any_batch_size(pipe, monkeypatch):
