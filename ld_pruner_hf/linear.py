@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -54,14 +55,14 @@ class LinearRun:
             latent that replacing the operator in this call causes. NaN where it could not be had.
         moments: the denoiser's calls.
         around: row of `todo` -> the module whose real change was looked at instead of the operator's own.
-        gains: for each of them (B',): by how much a squared error of a row of its output grows on its way to the final latents.
+        gradients: for each of them (P, B', ...): of the final latents in each of P random directions, by its output.
         owners: for each of them (B', B): 1 where a row goes into a latent (guidance makes two rows a latent).
     """
 
     squares: torch.Tensor
     moments: list[Moment]
     around: dict[int, str]
-    gains: list[torch.Tensor]
+    gradients: list[torch.Tensor]
     owners: list[torch.Tensor]
 
 
@@ -96,12 +97,11 @@ def linear_run(
         ValueError: the pipeline's arithmetic cannot be differentiated.
     """
     graph = _differentiable_run(pipe, model, job, steps)
-    generator = torch.Generator().manual_seed(seed)
-    directions = [torch.randn(graph.latents.shape, generator=generator).to(graph.latents) for _ in range(probes)]
+    directions = random_directions(graph.latents, probes, seed)
     later: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in directions]
     calls = len(graph.calls)
     owners = [graph.owner(i) for i in range(calls)]
-    gains = [torch.zeros(0)] * calls
+    found = [torch.zeros(0)] * calls
     squares = torch.zeros(len(todo), calls, len(graph.latents), dtype=torch.float64)
     watcher = _Watcher(model, todo)
     with _frozen(model):
@@ -112,7 +112,7 @@ def linear_run(
         ):
             for i in reversed(range(calls)):
                 gradients = [graph.gradient(i, d, later[p]) for p, d in enumerate(directions)]
-                gains[i] = torch.stack([g.float().flatten(1).square().mean(1) for g in gradients]).mean(0)
+                found[i] = torch.stack(gradients)
                 inputs = graph.inputs(i)
                 fresh = {id(t): t.detach().requires_grad_() for t in inputs}
                 call = graph.calls[i].mapped(functools.partial(_renewed, fresh))
@@ -126,7 +126,16 @@ def linear_run(
                         assert isinstance(n, int)
                         squares[n, i] += (product.cpu() @ owners[i]).square() / probes
     squares[sorted(watcher.failed)] = float("nan")
-    return LinearRun(squares, graph.moments(), around, gains, owners)
+    return LinearRun(squares, graph.moments(), around, found, owners)
+
+
+def random_directions(latents: torch.Tensor, count: int, seed: int) -> list[torch.Tensor]:
+    """Standard normal, in the shape of the latents.
+
+    They are numpy's numbers: torch's from the same seed are the very noise that a latent starts from, and errors point along it.
+    """
+    random = np.random.default_rng(seed)
+    return [torch.from_numpy(random.standard_normal(latents.shape)).to(latents) for _ in range(count)]
 
 
 def _where_first_order_fails(
