@@ -35,14 +35,14 @@ EFFORTS = {"exact": 1, "balanced": 50, "fast": 600}
 They go through the denoiser in larger batches than the loop's, so that the time becomes less still.
 """
 
-MAX_LATENTS, MAX_PROBES = 16, 2
+MAX_LATENTS = 16
 ROWS_IN_A_CALL = 8
 AROUND = {"balanced": 4.0, "fast": 1.0}
 """effort -> denoiser calls' worth of MACs for each call, to run the modules around operators."""
 REFINEMENT_POINTS = 24, 64
 STAGES, SURE = 4, 3.0
 """Refinement near the cut is done in so many stages, and stops where rows are so many standard deviations away from it."""
-LINEAR_SHARE = 0.4
+LINEAR_SHARE, LINEAR_COST = 0.4, 4.5
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,11 @@ class Budget:
     """What may be spent, in inputs of the denoiser (one row of a batch).
 
     Attributes:
-        latents, probes: of the linear estimates. around: denoiser calls' worth, for each call, of running modules around
+        latents: of the linear estimates. around: denoiser calls' worth, for each call, of running modules around
             operators. refined: how many rows of scores get real errors, at `points` inputs each.
     """
 
     latents: int
-    probes: int
     around: float = 0.0
     refined: int = 0
     points: int = 0
@@ -80,18 +79,16 @@ class Budget:
 
     @classmethod
     def _linear(cls, effort: str, total: float, latents: int, inputs: int) -> Budget:
-        best = cls(1, 1, AROUND.get(effort, 1.0))
+        best = cls(1, AROUND.get(effort, 1.0))
         while (
             best.latents < min(latents, MAX_LATENTS) and replace(best, latents=best.latents + 1).cost(inputs) <= total
         ):
             best = replace(best, latents=best.latents + 1)
-        while best.probes < MAX_PROBES and replace(best, probes=best.probes + 1).cost(inputs) <= total:
-            best = replace(best, probes=best.probes + 1)
         return best
 
     def cost(self, inputs: int) -> float:
-        """Of everything, in denoiser inputs; for each latent a run, a forward with hooks, and a backward for each probe."""
-        linear = self.latents * inputs * (2.3 + 1.5 * self.probes + self.around)
+        """Of everything, in denoiser inputs; for each latent a run, a forward, another with stand-ins, and a backward."""
+        linear = self.latents * inputs * (LINEAR_COST + self.around)
         return linear + self.refined * self.points
 
 
@@ -121,7 +118,7 @@ def estimate_moves(
     runs: list[LinearRun] = []
     for i, job in enumerate(jobs):
         around = runs[0].around if runs else budget.around
-        runs.append(linear_run(pipe, model, job, todo, budget.probes, seed + i, steps, around))
+        runs.append(linear_run(pipe, model, job, todo, seed + i, steps, around))
     squares = torch.cat([r.squares.sum(1) for r in runs], dim=1)  # (rows, latents)
     halves = [squares[:, i::2] for i in range(min(2, squares.shape[1]))]
     moves = torch.stack([half.sqrt().mean(1) for half in halves])
@@ -188,10 +185,10 @@ def _spread(real: torch.Tensor, moves: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Point:
-    """Some rows of a denoiser call of the original trajectory, and the gradients (P, rows, ...) of the final latents by them."""
+    """Some rows of a denoiser call of the original trajectory, and the gradient (rows, ...) of the final latents by them."""
 
     moment: Moment
-    gradients: torch.Tensor
+    gradient: torch.Tensor
 
 
 def _points(runs: Sequence[LinearRun], count: int) -> list[_Point]:
@@ -202,20 +199,20 @@ def _points(runs: Sequence[LinearRun], count: int) -> list[_Point]:
         number += 1
     chosen = evenly(calls, number)
     points: list[_Point] = []
-    for j, (moment, gradients) in enumerate(chosen):
+    for j, (moment, gradient) in enumerate(chosen):
         batch, missing = len(moment.output), count - sum(len(p.moment.output) for p in points)
         each = min(batch, math.ceil(missing / (len(chosen) - j)))
         rows = sorted((j + r * batch // each) % batch for r in range(each))
-        points.append(_Point(rows_of(moment, rows), gradients[:, rows].float()))
+        points.append(_Point(rows_of(moment, rows), gradient[rows].float()))
     return points
 
 
 class _Errors:
     """Real errors of the denoiser's output at some points, and how far they move the final latents.
 
-    The gradients say how much a squared error grows on its way in a random direction, and, multiplied with the error, how much
-    it does in its own; the one is exact for errors of no direction, the other varies by chance. So errors are weighted by the
-    one, and the weights of a point by what the other is of it, on average over the operators.
+    The squared gradient says how much a squared error grows on its way if it has no direction of its own; multiplied with the
+    error, how much it does grow, but that varies by chance. So errors are weighted by the one, and the weights of a point by
+    how much larger the other is, on average over the operators.
 
     Args:
         rows: how many there are to measure. parts: how many estimates to make for each, from every so many-th input.
@@ -232,9 +229,9 @@ class _Errors:
         expected, grown = [], []
         for p in self.points:
             error = (output_tensor(run(model, p.moment.call)).float() - p.moment.output.float()).flatten(1)
-            gradients = p.gradients.flatten(2)
-            expected.append(error.square().sum(1) * gradients.square().mean((0, 2)))
-            grown.append(torch.linalg.vecdot(gradients, error).square().mean(0))
+            gradient = p.gradient.flatten(1)
+            expected.append(error.square().sum(1) * gradient.square().mean(1))
+            grown.append(torch.linalg.vecdot(gradient, error).square())
         self.expected[n], self.grown[n] = (torch.cat(parts).double().cpu() for parts in (expected, grown))
 
     def moves(self) -> torch.Tensor:
@@ -242,6 +239,8 @@ class _Errors:
         known = torch.isfinite(self.expected).all(1) & (self.expected.sum(1) > 0)
         totals = self.expected[known].sum(1, keepdim=True)  # every operator counts alike
         expected, grown = ((v[known] / totals).mean(0).split(self.sizes) for v in (self.expected, self.grown))
-        growth = torch.cat([(g.sum() / e.sum()).expand(len(e)) for e, g in zip(expected, grown, strict=True)]).nan_to_num(1.0)
+        growth = torch.cat(
+            [(g.sum() / e.sum()).expand(len(e)) for e, g in zip(expected, grown, strict=True)]
+        ).nan_to_num(1.0)
         squares = self.expected * growth
         return torch.stack([squares[:, i :: self.parts].sum(1).sqrt() for i in range(self.parts)])
