@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .latents import Job, RecordedCall, patched, run_to_latents
 from .plan import Operator, StandInSpec
-from .profiling import count_macs, peak_memory_of, run
+from .profiling import count_macs, peak_memory_of, run, weights_memory
 from .replacements import StandIn
 from .surgery import get_operator, replace_modules
 from .trajectory import Moment, evenly, output_tensor, part_of, rows_of
@@ -193,7 +193,7 @@ class _Graph:
     """A run whose arithmetic outside the denoiser can be differentiated: `outputs` are leaves, `latents` the result.
 
     Attributes:
-        memory: the most bytes that tensors took in a call of the denoiser, weights included.
+        memory: the most bytes that tensors took in a call of the denoiser, without its weights.
     """
 
     calls: list[RecordedCall] = field(default_factory=list)
@@ -240,6 +240,7 @@ def _differentiable_run(pipe: Any, model: nn.Module, job: Job, steps: int | None
             outputs: list[Any] = []
             if not graph.calls:
                 graph.memory = peak_memory_of(lambda: outputs.append(forward(*args, **kwargs)), [model])
+                graph.memory -= weights_memory([model])
             else:
                 with torch.no_grad():
                     outputs.append(forward(*args, **kwargs))
@@ -278,9 +279,11 @@ class _Watcher:
         like = next(model.parameters())
         self.model, self.todo = model, todo
         self.failed: set[Hashable] = set()
-        self.stand_ins = [
-            StandIn(spec).to(device=like.device, dtype=like.dtype).requires_grad_(False) for _, spec in todo
-        ]
+        made = {
+            name: StandIn(spec).to(device=like.device, dtype=like.dtype).requires_grad_(False)
+            for name, spec in {repr(spec): spec for _, spec in todo}.items()
+        }
+        self.stand_ins = [made[repr(spec)] for _, spec in todo]  # equal ones share their weights
         self._batch = self._at_once = 0
         self._products: dict[Hashable, torch.Tensor] = {}
 
@@ -290,14 +293,14 @@ class _Watcher:
 
     def inside(self, n: int, path: str, key: Hashable = None) -> tuple[Hashable, str, Change]:
         """The change of the output of the module at `path` with the stand-in in it."""
-        operator = get_operator(self.model, self.todo[n][0].path)
+        operator, stand_in = get_operator(self.model, self.todo[n][0].path), self.stand_ins[n]
 
         def change(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            replace_modules(module, [(operator, self.stand_ins[n])])
+            replace_modules(module, [(operator, stand_in)])
             try:
                 return module(*args, **kwargs)
             finally:
-                replace_modules(module, [(self.stand_ins[n], operator)])
+                replace_modules(module, [(stand_in, operator)])
 
         return n if key is None else key, path, change
 
@@ -340,14 +343,12 @@ class _Watcher:
                 if grad is not None:
                     part_of(total, rows, batch).add_(grad)
 
+        done = 0
         if not self._at_once:
-            weights = peak_memory_of(lambda: None, [self.model])
-            one = peak_memory_of(lambda: go(slice(0, 1)), [self.model]) - weights
-            self._at_once = max(1, (memory - weights) // max(1, one))
-            start = 1
-        else:
-            start = 0
-        for first in range(start, batch, self._at_once):
+            models = [self.model, *self.stand_ins]
+            one = peak_memory_of(lambda: go(slice(0, 1)), models) - weights_memory(models)
+            done, self._at_once = 1, max(1, memory // max(1, one))
+        for first in range(done, batch, self._at_once):
             go(slice(first, first + self._at_once))
         return found, list(zip(inputs, totals, strict=True))
 
@@ -371,41 +372,54 @@ class _Watcher:
                 output, torch.Tensor
             ):  # one tensor may stand there twice: each place has its own gradient
                 output = tree_map_only(torch.Tensor, lambda t: t.view_as(t), output)
-            for key, change in changes:
-                with torch.no_grad():
-                    changed = tree_leaves(change(module, args, kwargs))
-                for new, old in zip(changed, tree_leaves(output), strict=True):
-                    if old is not None:
-                        old.requires_grad_()  # what depends on text or time only has none so far
-                        old.register_hook(self._add(key, new.detach(), old.detach()))
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))  # without what led to them
+            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            for place, old in enumerate(tree_leaves(output)):
+                if old is not None:
+                    old.requires_grad_()  # what depends on text or time only has none so far
+                    old.register_hook(self._hook(module, changes, args, kwargs, given, place, old.detach()))
             return output
 
         return watched
 
-    def _add(self, key: Hashable, new: torch.Tensor, old: torch.Tensor) -> Callable[[torch.Tensor], None]:
-        versions = new._version, old._version
+    def _hook(
+        self,
+        module: nn.Module,
+        changes: Sequence[tuple[Hashable, Change]],
+        args: Any,
+        kwargs: Any,
+        given: Sequence[torch.Tensor],
+        place: int,
+        old: torch.Tensor,
+    ) -> Callable[[torch.Tensor], None]:
+        """For the output `old`, the one at that `place` among what the module returned for the `given` tensors."""
+        versions = [t._version for t in (*given, old)]
 
         def hook(gradient: torch.Tensor) -> None:
-            if len(gradient) % self._batch or versions != (new._version, old._version):
-                self.failed.add(key)
+            if len(gradient) % self._batch or versions != [t._version for t in (*given, old)]:
+                self.failed.update(key for key, _ in changes)
                 return
-            g, a, b = (t.float().reshape(self._batch, -1) for t in (gradient, new, old))
-            moved = (torch.linalg.vecdot(g, a) - torch.linalg.vecdot(g, b)).double()
-            self._products[key] = self._products[key] + moved if key in self._products else moved
+            g = gradient.float().reshape(self._batch, -1)
+            unmoved = torch.linalg.vecdot(g, old.float().reshape(self._batch, -1))
+            for key, change in changes:
+                with torch.no_grad():
+                    new = tree_leaves(change(module, args, kwargs))[place]
+                moved = (torch.linalg.vecdot(g, new.float().reshape(self._batch, -1)) - unmoved).double()
+                self._products[key] = self._products[key] + moved if key in self._products else moved
 
         return hook
 
 
 def segments(model: nn.Module) -> list[nn.Module]:
-    """The modules that run again in the backward pass: the largest with no more inside them than the square root of all."""
-    sizes = {module: sum(1 for _ in module.modules()) for module in model.modules()}
+    """The modules that run again in the backward pass: the largest with no more leaves than the square root of the model's."""
+    leaves = {m: sum(not inner._modules for inner in m.modules()) for m in model.modules()}
     found: dict[nn.Module, None] = {}
     waiting = [model]
     while waiting:
         for child in waiting.pop().children():
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or sizes[child] ** 2 > sizes[model]:
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or leaves[child] ** 2 > leaves[model]:
                 waiting.append(child)
-            elif sizes[child] > 1:
+            elif child._modules:
                 found[child] = None
     return list(found)
 
