@@ -101,13 +101,14 @@ def estimate_moves(
     seed: int,
     steps: int,
     k: int | None,
+    batch_size: int,
     on_row: Callable[[], Any],
 ) -> torch.Tensor:
     """Estimate how far each row of `todo` moves the final latents. Run it inside `preserved(pipe)`.
 
     Args:
         jobs: the runs to look at, of so many scheduler `steps`. k: how many operators will be taken out, if that is known.
-        on_row: called for each row whose real error has been measured.
+        batch_size: memory is taken for the denoising of so many latents. on_row: called for each row whose real error has been measured.
 
     Returns:
         (1 or 2, rows): the mean of each half of the latents; NaN where there is no estimate.
@@ -117,8 +118,8 @@ def estimate_moves(
     """
     runs: list[LinearRun] = []
     for i, job in enumerate(jobs):
-        around = runs[0].around if runs else budget.around
-        runs.append(linear_run(pipe, model, job, todo, seed + i, steps, around))
+        around = runs[0] if runs else budget.around
+        runs.append(linear_run(pipe, model, job, todo, seed + i, steps, around, batch_size))
     squares = torch.cat([r.squares.sum(1) for r in runs], dim=1)  # (rows, latents)
     halves = [squares[:, i::2] for i in range(min(2, squares.shape[1]))]
     moves = torch.stack([half.sqrt().mean(1) for half in halves])

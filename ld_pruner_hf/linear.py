@@ -37,7 +37,7 @@ from .latents import Job, RecordedCall, patched, run_to_latents
 from .plan import Operator, StandInSpec
 from .profiling import count_macs, peak_memory_of, run, weights_memory
 from .replacements import StandIn
-from .surgery import get_operator, replace_modules
+from .surgery import get_operator
 from .trajectory import Moment, evenly, output_tensor, part_of, rows_of
 
 Todo = Sequence[tuple[Operator, StandInSpec]]
@@ -61,6 +61,7 @@ class LinearRun:
         around: row of `todo` -> the module whose real change was looked at instead of the operator's own.
         gradients: for each of them (B', ...): of the final latents in a random direction, by its output.
         owners: for each of them (B', B): 1 where a row goes into a latent (guidance makes two rows a latent).
+        row_memory: about how many bytes the backward pass takes for each row that goes through at once.
     """
 
     squares: torch.Tensor
@@ -68,6 +69,7 @@ class LinearRun:
     around: dict[int, str]
     gradients: list[torch.Tensor]
     owners: list[torch.Tensor]
+    row_memory: int
 
 
 def sorts_of(todo: Todo) -> list[list[int]]:
@@ -86,15 +88,17 @@ def linear_run(
     todo: Todo,
     seed: int,
     steps: int | None = None,
-    around: dict[int, str] | float = 0.0,
+    around: LinearRun | float = 0.0,
+    batch_size: int = 1,
 ) -> LinearRun:
     """Denoise with the unmodified model, then go back along the trajectory. Run it inside `preserved(pipe)`.
 
     Args:
         todo: what is replaced by what. seed: of the random direction.
         steps: scheduler steps in a run, after which it is stopped: what comes then may be nothing to differentiate.
-        around: `LinearRun.around` of an earlier run; or how many denoiser calls' worth of MACs may be spent, for each call, on
-            running the modules around operators: those are then chosen here.
+        around: how many denoiser calls' worth of MACs may be spent, for each call, on running the modules around operators; or
+            an earlier run that has chosen them.
+        batch_size: the backward pass takes no more memory than the denoising of so many latents, if it can.
 
     Raises:
         ValueError: the pipeline's arithmetic cannot be differentiated.
@@ -108,19 +112,23 @@ def linear_run(
     squares = torch.zeros(len(todo), calls, len(graph.latents), dtype=torch.float64)
     watcher = _Watcher(model, todo)
     with _frozen(model):
-        if not isinstance(around, dict):
-            around = _where_first_order_fails(graph, watcher, todo, direction, around) if around else {}
-        changes = [watcher.inside(n, around[n]) if n in around else watcher.own(n) for n in range(len(todo))]
+        if isinstance(around, LinearRun):
+            chosen, row_memory = around.around, around.row_memory
+        else:
+            chosen = _where_first_order_fails(graph, watcher, todo, direction, around) if around else {}
+            row_memory = backward_memory(model, graph.moments()[-1])
+        at_once = max(1, graph.memory * batch_size // len(job.seeds) // row_memory)
+        changes = [watcher.inside(n, chosen[n]) if n in chosen else watcher.own(n) for n in range(len(todo))]
         with watcher.watching(changes):
             for i in reversed(range(calls)):
                 gradients[i] = graph.gradient(i, direction, later)
-                products, inputs = watcher.backward(graph.calls[i], graph.inputs(i), gradients[i], graph.memory)
+                products, inputs = watcher.backward(graph.calls[i], graph.inputs(i), gradients[i], at_once)
                 later += inputs
                 for n, product in products.items():
                     assert isinstance(n, int)
                     squares[n, i] = (product.cpu() @ owners[i]).square()
     squares[sorted(watcher.failed)] = float("nan")
-    return LinearRun(squares, graph.moments(), around, gradients, owners)
+    return LinearRun(squares, graph.moments(), chosen, gradients, owners, row_memory)
 
 
 def random_direction(latents: torch.Tensor, seed: int) -> torch.Tensor:
@@ -138,12 +146,13 @@ def _where_first_order_fails(
     last = graph.moments()[-1]
     rows = evenly(range(len(last.output)), SAMPLED_ROWS)
     call = rows_of(last, rows).call
-    with torch.no_grad():
-        macs, _ = count_macs(watcher.model, call)
+    macs, _ = count_macs(watcher.model, rows_of(last, rows[:1]).call)
     callers = {n: path for n, (o, _) in enumerate(todo) if (path := _around(watcher.model, o.path))}
     share = {n: macs.get(path, 0) / max(1, macs[""]) for n, path in callers.items()}
     sorts = [sort for every in sorts_of(todo) if (sort := [n for n in every if n in callers])]
     samples = [n for sort in sorts for n in evenly(sort, SAMPLES)]
+    if not samples:
+        return {}
     watched = [watcher.own(n) for n in samples] + [watcher.inside(n, callers[n], key=(n,)) for n in samples]
     with watcher.watching(watched):
         products = watcher.products(call, graph.gradient(len(graph.calls) - 1, direction)[rows])
@@ -279,12 +288,13 @@ class _Watcher:
         like = next(model.parameters())
         self.model, self.todo = model, todo
         self.failed: set[Hashable] = set()
+        self.segments = segments(model)
         made = {
             name: StandIn(spec).to(device=like.device, dtype=like.dtype).requires_grad_(False)
             for name, spec in {repr(spec): spec for _, spec in todo}.items()
         }
         self.stand_ins = [made[repr(spec)] for _, spec in todo]  # equal ones share their weights
-        self._batch = self._at_once = 0
+        self._batch = 0
         self._products: dict[Hashable, torch.Tensor] = {}
 
     def own(self, n: int) -> tuple[Hashable, str, Change]:
@@ -293,14 +303,19 @@ class _Watcher:
 
     def inside(self, n: int, path: str, key: Hashable = None) -> tuple[Hashable, str, Change]:
         """The change of the output of the module at `path` with the stand-in in it."""
-        operator, stand_in = get_operator(self.model, self.todo[n][0].path), self.stand_ins[n]
+        operator, around = (get_operator(self.model, p) for p in (self.todo[n][0].path, path))
+        places = [(m, name) for m in around.modules() for name, child in m._modules.items() if child is operator]
+
+        def put(module: nn.Module) -> None:
+            for parent, name in places:
+                parent._modules[name] = module
 
         def change(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            replace_modules(module, [(operator, stand_in)])
+            put(self.stand_ins[n])
             try:
                 return module(*args, **kwargs)
             finally:
-                replace_modules(module, [(stand_in, operator)])
+                put(operator)
 
         return n if key is None else key, path, change
 
@@ -314,14 +329,14 @@ class _Watcher:
             for path, here in by_path.items():
                 module = get_operator(self.model, path)
                 stack.enter_context(patched(module, "forward", functools.partial(self._watched, module, here)))
-            for module in segments(self.model):  # last, so that what is watched of them belongs to them
+            for module in self.segments:  # last, so that what is watched of them belongs to them
                 stack.enter_context(patched(module, "forward", _recomputed))
             yield
 
     def backward(
-        self, call: RecordedCall, inputs: Sequence[torch.Tensor], gradient: torch.Tensor, memory: int
+        self, call: RecordedCall, inputs: Sequence[torch.Tensor], gradient: torch.Tensor, at_once: int
     ) -> tuple[dict[Hashable, torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
-        """`products` for all rows of the gradient, at most so many at once as take so much memory, found with the first.
+        """`products` for all rows of the gradient, of which so many go through at once.
 
         Args:
             inputs: arguments whose gradients are wanted.
@@ -343,13 +358,8 @@ class _Watcher:
                 if grad is not None:
                     part_of(total, rows, batch).add_(grad)
 
-        done = 0
-        if not self._at_once:
-            models = [self.model, *self.stand_ins]
-            one = peak_memory_of(lambda: go(slice(0, 1)), models) - weights_memory(models)
-            done, self._at_once = 1, max(1, memory // max(1, one))
-        for first in range(done, batch, self._at_once):
-            go(slice(first, first + self._at_once))
+        for first in range(0, batch, at_once):
+            go(slice(first, first + at_once))
         return found, list(zip(inputs, totals, strict=True))
 
     def products(self, call: RecordedCall, gradient: torch.Tensor) -> dict[Hashable, torch.Tensor]:
@@ -408,6 +418,16 @@ class _Watcher:
                 self._products[key] = self._products[key] + moved if key in self._products else moved
 
         return hook
+
+
+def backward_memory(model: nn.Module, moment: Moment) -> int:
+    """About how many bytes a forward and backward pass takes for each row, without the weights: measured with one."""
+    one = rows_of(moment, [0])
+    call = one.call.mapped(lambda t: t.detach().requires_grad_() if t.is_floating_point() and t.ndim > 1 else t)
+    watcher = _Watcher(model, [])
+    with _frozen(model), watcher.watching([]):
+        peak = peak_memory_of(lambda: watcher.products(call, torch.ones_like(one.output)), [model])
+    return max(1, peak - weights_memory([model]))
 
 
 def segments(model: nn.Module) -> list[nn.Module]:
