@@ -33,10 +33,11 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from .latents import Job, RecordedCall, patched, run_to_latents
+from .latents import Job, RecordedCall, modules_of, patched, run_to_latents
 from .plan import Operator, StandInSpec
-from .profiling import count_macs, peak_memory_of, run, weights_memory
+from .profiling import count_macs, peak_memory, peak_memory_of, run, weights_memory
 from .replacements import StandIn
+from .reuse import MEMORY_SHARE
 from .surgery import get_operator
 from .trajectory import Moment, evenly, output_tensor, part_of, rows_of
 
@@ -103,7 +104,8 @@ def linear_run(
     Raises:
         ValueError: the pipeline's arithmetic cannot be differentiated.
     """
-    graph = _differentiable_run(pipe, model, job, steps)
+    with _frozen(*modules_of(pipe).values()):
+        graph = _differentiable_run(pipe, model, job, steps)
     direction = random_direction(graph.latents, seed)
     later: list[tuple[torch.Tensor, torch.Tensor]] = []
     calls = len(graph.calls)
@@ -117,7 +119,9 @@ def linear_run(
         else:
             chosen = _where_first_order_fails(graph, watcher, todo, direction, around) if around else {}
             row_memory = backward_memory(model, graph.moments()[-1])
-        at_once = max(1, graph.memory * batch_size // len(job.seeds) // row_memory)
+        denoising = graph.memory * batch_size / len(job.seeds)
+        allowed = denoising + MEMORY_SHARE * (denoising + weights_memory([model]))
+        at_once = max(1, int(allowed / row_memory))
         changes = [watcher.inside(n, chosen[n]) if n in chosen else watcher.own(n) for n in range(len(todo))]
         with watcher.watching(changes):
             for i in reversed(range(calls)):
@@ -182,9 +186,9 @@ def _around(model: nn.Module, path: str) -> str:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _frozen(*models: nn.Module) -> Iterator[None]:
     """Inside, the weights need no gradients."""
-    wanting = [p for p in model.parameters() if p.requires_grad]
+    wanting = [p for model in models for p in model.parameters() if p.requires_grad]
     try:
         for p in wanting:
             p.requires_grad_(False)
@@ -421,13 +425,16 @@ class _Watcher:
 
 
 def backward_memory(model: nn.Module, moment: Moment) -> int:
-    """About how many bytes a forward and backward pass takes for each row, without the weights: measured with one."""
+    """About how many bytes each row takes, without the weights: a forward and backward pass, and in it a module with a stand-in.
+
+    Measured with one row.
+    """
     one = rows_of(moment, [0])
     call = one.call.mapped(lambda t: t.detach().requires_grad_() if t.is_floating_point() and t.ndim > 1 else t)
     watcher = _Watcher(model, [])
     with _frozen(model), watcher.watching([]):
         peak = peak_memory_of(lambda: watcher.products(call, torch.ones_like(one.output)), [model])
-    return max(1, peak - weights_memory([model]))
+    return peak + peak_memory(model, one.call) - 2 * weights_memory([model])
 
 
 def segments(model: nn.Module) -> list[nn.Module]:
