@@ -194,7 +194,7 @@ def make_plan(
     plan = plan_from(sorted(rows, key=lambda row: order[row.path]), scores, count_params(model), method=goal.method)
     if goal.rounds > 1:
         plan.how["rounds"] = goal.rounds
-    elif (sure := agreement(scores, lambda half: _choose(half, goal, total))) is not None:
+    elif (sure := _agreement(scores, goal, total)) is not None:
         plan.how["agreement"] = round(sure, 4)
     if goal.unit == "operators":
         plan.how["k"] = k
@@ -202,6 +202,14 @@ def make_plan(
         saved = sum(SAVINGS[goal.unit](row) for row in rows)
         plan.how.update(budget={goal.unit: goal.amount}, predicted={goal.unit: saved / total})
     return plan
+
+
+def _agreement(scores: OperatorScores, goal: Goal, total: float) -> float | None:
+    """How sure the choice is; None where there are no halves, or one of them has fewer rows that can be used than the goal needs."""
+    try:
+        return agreement(scores, lambda half: _choose(half, goal, total))
+    except ValueError:
+        return None
 
 
 def _next_round(
