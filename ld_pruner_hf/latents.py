@@ -370,6 +370,25 @@ def patched(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable
             delattr(owner, name)
 
 
+def execution_device(pipe: Any) -> torch.device:
+    """Where the pipeline runs."""
+    return getattr(pipe, "_execution_device", None) or torch.device("cpu")
+
+
+@contextmanager
+def on_device(pipe: Any, device: torch.device) -> Iterator[None]:
+    """Inside, the pipeline is told where it runs; else it goes through all modules whenever it asks, which is often."""
+    if not isinstance(getattr(type(pipe), "_execution_device", None), property):
+        yield
+        return
+
+    def told(asked: property) -> property:
+        return property(lambda self: device if self is pipe else asked.__get__(self))
+
+    with patched(type(pipe), "_execution_device", told):  # type: ignore[arg-type]
+        yield
+
+
 @contextmanager
 def encoders_remembered(pipe: Any, component: str, found: dict[Any, Any]) -> Iterator[None]:
     """Inside, models from outside diffusers (text and image encoders), but not `component`, run once for equal inputs.
@@ -438,7 +457,7 @@ def run_to_latents(
 ) -> tuple[torch.Tensor, dict[str, RecordedCall], int]:
     """Run the pipeline up to its first decoding: latents as the last scheduler step returns them, component -> its `decode`
     call, scheduler steps."""
-    device = getattr(pipe, "_execution_device", None) or torch.device("cpu")
+    device = execution_device(pipe)
     generators = [torch.Generator(device="cpu" if device.type == "mps" else device).manual_seed(s) for s in seeds]
     call = dict(call)
     if "generator" in call_parameters(pipe):
@@ -472,6 +491,7 @@ def run_to_latents(
     with ExitStack() as stack:
         # On the class, not on the object: some pipelines copy their scheduler.
         stack.enter_context(patched(type(pipe.scheduler), "step", keep_output))
+        stack.enter_context(on_device(pipe, device))
         for name, part in modules_of(pipe).items():
             if hasattr(part, "decode"):
                 stack.enter_context(patched(part, "decode", functools.partial(stop_when_denoised, name)))
