@@ -21,9 +21,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import deprecated_families  # noqa: F401
 import diffusers
 import families
 import more_families  # noqa: F401
+import recent_families  # noqa: F401
 import torch
 import variant_families  # noqa: F401
 import video_families  # noqa: F401
