@@ -408,10 +408,10 @@ def encoders_remembered(pipe: Any, component: str, found: dict[Any, Any]) -> Ite
             return tuple(value.shape), value.dtype, value.detach().cpu().float().numpy().tobytes()
         return repr(value)
 
-    def remembering(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def remembering(name: str, model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def remembered(*args: Any, **kwargs: Any) -> Any:
-            if any(m._forward_hooks for m in forward.__self__.modules()):  # JoyImage takes its embeddings from a hook
+            if any(m._forward_hooks for m in model.modules()):  # JoyImage takes its embeddings from a hook
                 return forward(*args, **kwargs)
             leaves, structure = tree_flatten((args, kwargs))
             key = name, str(structure), tuple(map(key_of, leaves))
@@ -424,7 +424,7 @@ def encoders_remembered(pipe: Any, component: str, found: dict[Any, Any]) -> Ite
     with ExitStack() as stack:
         for name, model in modules_of(pipe).items():
             if name != component and not isinstance(model, ModelMixin):
-                stack.enter_context(patched(model, "forward", functools.partial(remembering, name)))
+                stack.enter_context(patched(model, "forward", functools.partial(remembering, name, model)))
         yield
 
 

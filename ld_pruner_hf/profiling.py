@@ -106,8 +106,7 @@ def _counted(attend: Callable[..., Any]) -> Callable[..., Any]:
     """The same, and counted as attention without a mask."""
 
     def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        shapes = (t.to("meta") for t in (query, key, value))
-        nn.functional.scaled_dot_product_attention(*shapes, enable_gqa=True)
+        nn.functional.scaled_dot_product_attention(query.to("meta"), key.to("meta"), value.to("meta"), enable_gqa=True)
         return _apart(attend)(query, key, value, *args, **kwargs)
 
     return attended
@@ -157,6 +156,7 @@ def processor_name() -> str:
 
 class _LiveTensors(TorchDispatchMode):
     """Counts the bytes of the storages that operations make on one kind of device, while they live; not `known` ones."""
+
     def __init__(self, known: list[torch.Tensor], device: torch.device) -> None:
         super().__init__()
         self.device, self.live, self.peak = device.type, 0, 0

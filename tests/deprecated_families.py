@@ -86,37 +86,10 @@ def unidiffuser() -> Built:
     return d.UniDiffuserPipeline(**parts), {"prompt": "red heart", **SIZE}
 
 
-def versatile_diffusion_with(kind: Any, **call: Any) -> Built:
-    """The two U-Nets have the same blocks: with convolutions for pictures, with linear layers for texts."""
-    from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
-
-    text_unet = UNetFlatConditionModel(
-        in_channels=4, out_channels=4, sample_size=8, block_out_channels=(32, 64), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlockFlat", "DownBlockFlat"), norm_num_groups=8, attention_head_dim=8,
-        up_block_types=("UpBlockFlat", "CrossAttnUpBlockFlat"), cross_attention_dim=32,
-    )  # fmt: skip
-    text_encoder, tokenizer = families.text_with_projection()
-    parts = {
-        "image_unet": tiny.unet(), "text_unet": text_unet, "text_encoder": text_encoder, "tokenizer": tokenizer,
-        "image_encoder": vision(), "image_feature_extractor": image_processor(),
-    }  # fmt: skip
-    taken = kind._get_signature_keys(kind)[0]
-    return with_component("sd", kind, call, **{k: v for k, v in parts.items() if k in taken})
-
-
-@further
-def versatile_diffusion_dual_guided() -> Built:
-    return versatile_diffusion_with(d.VersatileDiffusionDualGuidedPipeline, image=picture())
-
-
 @further
 def versatile_diffusion_image_variation() -> Built:
-    return versatile_diffusion_with(d.VersatileDiffusionImageVariationPipeline, image=picture())
-
-
-@further
-def versatile_diffusion_text_to_image() -> Built:
-    return versatile_diffusion_with(d.VersatileDiffusionTextToImagePipeline)
+    parts = {"image_unet": tiny.unet(), "image_encoder": vision(), "image_feature_extractor": image_processor()}
+    return with_component("sd", d.VersatileDiffusionImageVariationPipeline, {"image": picture()}, **parts)
 
 
 def unclip_with(kind: Any, call: dict[str, Any], **parts: Any) -> Built:

@@ -10,7 +10,6 @@ import tiny
 import torch
 from diffusers import ModelMixin
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
-from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 from families import SIZE, Built, autoencoder, embeds, flow, further, image_processor, noise, picture, wan_vae
 from more_families import assemble
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
@@ -237,16 +236,13 @@ def skyreels_forcing_video_to_video() -> Built:
     return with_component("skyreels", d.SkyReelsV2DiffusionForcingVideoToVideoPipeline, call)
 
 
-def ltx2_transformer(**changes: Any) -> d.LTX2VideoTransformer3DModel:
-    return d.LTX2VideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
-        audio_in_channels=8, audio_out_channels=8, audio_num_attention_heads=2, audio_attention_head_dim=4,
-        audio_cross_attention_dim=8, num_layers=2, caption_channels=16, rope_double_precision=False, **changes,
-    )  # fmt: skip
-
-
 @further
 def ltx2() -> Built:
+    transformer = d.LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        audio_in_channels=8, audio_out_channels=8, audio_num_attention_heads=2, audio_attention_head_dim=4,
+        audio_cross_attention_dim=8, num_layers=2, caption_channels=16, rope_double_precision=False,
+    )  # fmt: skip
     connectors = LTX2TextConnectors(
         caption_channels=16, text_proj_in_factor=1, video_connector_num_attention_heads=4,
         video_connector_attention_head_dim=4, video_connector_num_layers=1,
@@ -264,7 +260,7 @@ def ltx2() -> Built:
     audio_vae = d.AutoencoderKLLTX2Audio(
         base_channels=8, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2, mel_bins=16, resolution=32
     )
-    parts = {"vae": vae, "audio_vae": audio_vae, "connectors": connectors, "transformer": ltx2_transformer()}
+    parts = {"vae": vae, "audio_vae": audio_vae, "connectors": connectors, "transformer": transformer}
     pipe = assemble(d.LTX2Pipeline, scheduler=flow(), **parts)
     call = {**embeds(8, 16, mask="attention_mask"), "num_frames": 5, "height": 32, "width": 32}
     return pipe, {**call, "frame_rate": 25.0, "spatio_temporal_guidance_blocks": [0]}
@@ -455,22 +451,6 @@ def motif_video() -> Built:
 @further
 def motif_video_image_to_video() -> Built:
     return motif_video_with(d.MotifVideoImage2VideoPipeline, {"prompt": None, "image": picture()})
-
-
-@further
-def ltx2_dfr_temporal_refine() -> Built:
-    upsampler = LTX2LatentUpsamplerModel(
-        in_channels=4, mid_channels=32, num_blocks_per_stage=1, spatial_upsample=False, temporal_upsample=True
-    )
-    parts = {
-        "transformer": ltx2_transformer(use_keyframes_abs_pos_embedding=True), "temporal_latent_upsampler": upsampler,
-        "scheduler": d.LTXEulerAncestralRFScheduler(),
-    }  # fmt: skip
-    call = {
-        "latents": noise(1, 4, 3, 4, 4), "keyframes_latents": noise(1, 4, 1, 4, 4), "keyframe_positions": [4],
-        "audio_latents": noise(1, 2, 6, 4), "sigmas": [0.9, 0.4],
-    }  # fmt: skip
-    return with_component("ltx2", d.LTX2DFRTemporalRefinePipeline, call, **parts)
 
 
 @further
