@@ -35,13 +35,16 @@ def quickest_batch_size(pipe: Any, conditions: Sequence[Condition], seeds: Seque
 
 
 def _seconds(pipe: Any, job: Job) -> float:
-    """Of one denoising step, the best of `REPEATS` after one for warm-up; infinite where memory does not suffice."""
+    """Of one denoising step, the best of `REPEATS` after one for warm-up; infinite where memory does not suffice, or where the
+    pipeline takes no more than one latent a call."""
     times = []
     try:
         for _ in range(REPEATS + 1):
             start = time.perf_counter()
             final_latents(pipe, job.call, job.seeds, stop_after=1)
             times.append(time.perf_counter() - start)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if len(job.seeds) == 1 and not isinstance(error, torch.OutOfMemoryError):
+            raise
         return float("inf")
     return min(times[1:])

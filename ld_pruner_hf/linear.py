@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .latents import Job, RecordedCall, patched, run_to_latents
+from .latents import Job, RecordedCall, patched, run_to_latents, scheduler_names
 from .plan import Operator, StandInSpec
 from .profiling import count_macs, run
 from .replacements import StandIn
@@ -253,7 +253,7 @@ def _differentiable_run(pipe: Any, model: nn.Module, job: Job, steps: int | None
         latents = run_to_latents(pipe, job.call, job.seeds, steps)[0]
     if not latents.requires_grad:
         raise ValueError(
-            f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} cannot be differentiated; use effort='exact'"
+            f"{type(pipe).__name__} with {scheduler_names(pipe)} cannot be differentiated; use effort='exact'"
         )
     graph.latents = latents
     return graph

@@ -35,6 +35,7 @@ from .latents import (
     preserved,
     record_call,
     run_to_latents,
+    schedulers_of,
     steps_argument,
 )
 from .operators import check_filters, find_operators
@@ -264,13 +265,14 @@ def score_operators(
         model: nn.Module = getattr(pipe, component)
         check_replaceable(model)
         check_filters(model, include, exclude, kinds)
+        schedulers = [{"class": type(s).__name__, **_plain(s.config)} for s in schedulers_of(pipe)]
         settings: dict[str, Any] = {
             "conditions": [{k: _digest(v) for k, v in c.items()} for c in conditions],
             "seeds": list(range(seed, seed + seeds)),
             "pooled": pooled,
             "standins": standins,
             "batch_size": batch_size,
-            "scheduler": {"class": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
+            "scheduler": schedulers[0] if len(schedulers) == 1 else schedulers,
             "dtype": str(getattr(model, "dtype", "")),
             "device": str(getattr(model, "device", "")),
             **({"given": {m.path: m.stand_in.name for m in given}} if given else {}),
