@@ -45,7 +45,7 @@ def modules_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:
-    """Those of them that are diffusers' own, without autoencoders."""
+    """The pipeline's models of diffusers, without its autoencoders, by name."""
     return {n: m for n, m in modules_of(pipe).items() if isinstance(m, ModelMixin) and not hasattr(m, "decode")}
 
 
@@ -493,7 +493,7 @@ def run_to_latents(
     call = dict(call)
     if "generator" in call_parameters(pipe):
         call["generator"] = generators if len(generators) > 1 else generators[0]
-    # One step of each scheduler; they are kept alive, so that no id comes twice.
+    # The last step of each scheduler that takes turns; it is kept alive, so that no id comes twice.
     latest: dict[int, tuple[Any, torch.Tensor]] = {}
     prediction: torch.Tensor | None = None
     decodes: dict[str, RecordedCall] = {}
@@ -538,9 +538,9 @@ def run_to_latents(
             stack.callback(model.register_forward_hook(keep_prediction).remove)
         stack.enter_context(on_device(pipe, device))
         for name, part in modules_of(pipe).items():
-            for method in dir(type(part)):
-                if method == "decode" or method.startswith("decode_"):  # Shap-E's renderer has decode_to_image
-                    stack.enter_context(patched(part, method, functools.partial(stop_when_denoised, name, method)))
+            # Shap-E's renderer has decode_to_image and decode_to_mesh.
+            for method in (m for m in dir(type(part)) if m == "decode" or m.startswith("decode_")):
+                stack.enter_context(patched(part, method, functools.partial(stop_when_denoised, name, method)))
         try:
             pipe(**call)
         except _Stop:

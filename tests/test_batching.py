@@ -45,6 +45,15 @@ def test_it_ends_where_latents_or_memory_do(pipe, monkeypatch):
     assert trial(monkeypatch, pipe, scarce, "pizza") == (2, [1, 2, 4])
     assert trial(monkeypatch, pipe, lambda n: scarce(n + 2), "pizza") == (1, [1])
 
+    def alone(n):
+        if n > 1:
+            raise ValueError("`prompt` has to be of type `str`")
+        return 6.0
+
+    assert trial(monkeypatch, pipe, alone, "pizza") == (1, [1, 2])
+    with pytest.raises(ValueError, match="of type `str`"):
+        trial(monkeypatch, pipe, lambda n: alone(n + 1), "pizza")
+
 
 def test_scores_are_those_of_any_batch_size(pipe, monkeypatch):
     monkeypatch.setattr("ld_pruner_hf.scoring.quickest_batch_size", lambda *_: 2)
