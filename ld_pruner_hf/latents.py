@@ -295,11 +295,10 @@ def make_jobs(pipe: Any, conditions: Sequence[Condition], seeds: Sequence[int], 
     prompts = [c.get("prompt") for c in conditions]
     rest = [{k: v for k, v in c.items() if k != "prompt"} for c in conditions]
     same_rest = all(_same(r, rest[0]) for r in rest)
-    if same_rest and all(isinstance(p, str) for p in prompts) and all(_batchable(k, v) for k, v in rest[0].items()):
+    texts = all(isinstance(p, str) for p in prompts) and _takes_lists(parameters.get("prompt"))
+    if texts and same_rest and all(_batchable(k, v) for k, v in rest[0].items()):
 
         def call(chunk: list[tuple[int, int]]) -> Condition:
-            if len(chunk) == 1:  # some pipelines take a single prompt only
-                return conditions[chunk[0][0]]
             text = {k: [v] * len(chunk) if "prompt" in k and isinstance(v, str) else v for k, v in rest[0].items()}
             return {**text, "prompt": [prompts[i] for i, _ in chunk]}
 
@@ -312,6 +311,13 @@ def make_jobs(pipe: Any, conditions: Sequence[Condition], seeds: Sequence[int], 
         return [Job(conditions[i], (s,), (i,)) for i, s in pairs]
     chunks = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
     return [Job(call(c), tuple(s for _, s in c), tuple(i for i, _ in c)) for c in chunks]
+
+
+def _takes_lists(parameter: inspect.Parameter | None) -> bool:
+    """As far as its type says; nearly all pipelines take several prompts in a call, DreamLite takes one."""
+    if parameter is None or parameter.annotation is parameter.empty:
+        return True
+    return "list" in str(parameter.annotation).lower()
 
 
 def _same(a: Condition, b: Condition) -> bool:

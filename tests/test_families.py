@@ -188,12 +188,12 @@ def test_a_pipeline_that_takes_one_prompt_only():
     pipe, call = families.make("dreamlite")
     with pytest.raises(ValueError, match="has to be of type `str`"):
         pipe(**{**call, "prompt": [call["prompt"]]})
-    scores = pipe.score(**call, seeds=2, num_inference_steps=1, kinds="Downsample2D")
+    scores = pipe.score(**call, seeds=2, num_inference_steps=1, kinds="Upsample2D")
     assert len(scores) and [row.error for row in scores] == [None] * len(scores)
 
 
 def test_embeddings_that_a_hook_takes_out_of_the_text_encoder():
     """JoyImage's: an encoder whose outputs were remembered would not call it."""
     pipe, call = families.make("joy_image_edit_plus")
-    scores = pipe.score(conditions=[call], seeds=2, num_inference_steps=1, kinds="JoyImageAttention")
+    scores = pipe.score(conditions=[call], seeds=2, num_inference_steps=1, kinds="JoyImageEditPlusAttention")
     assert [row.error for row in scores] == [None] * len(scores)
