@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from .batching import quickest_batch_size
@@ -32,15 +33,17 @@ from .latents import (
     find_denoiser,
     make_conditions,
     make_jobs,
+    patched,
     preserved,
     record_call,
     run_to_latents,
     schedulers_of,
     steps_argument,
 )
+from .linear import backward_memory
 from .operators import check_filters, find_operators
 from .plan import Modification, Operator, StandInSpec, is_inside
-from .profiling import peak_memory, run
+from .profiling import peak_memory, run, weights_memory
 from .replacements import stand_in_cost
 from .reuse import FirstStep
 from .scores import LATENT_SHIFT, MEASURED_ALONE, OperatorScore, OperatorScores, RowFile, check_criterion
@@ -353,7 +356,7 @@ class ScoringCost:
     Attributes:
         operators, rows: to score; a row is an operator with one stand-in. effort: how.
         calls: of the denoiser. inputs: rows of their batches. seconds: on this device.
-        memory: the most that tensors hold at one time in the denoising runs, weights included, in bytes.
+        memory: the most that tensors of the model hold at one time, weights included, in bytes.
     """
 
     operators: int
@@ -428,6 +431,9 @@ def _cost(
     else:
         inputs = whole / EFFORTS[effort]
     batch = sum(len(m.output) for m in moments) / len(moments)
+    memory = peak_memory(model, moments[0].call)
+    if effort != "exact":  # the backward pass takes no more than that, but for one row, which goes through in any case
+        memory = max(memory, weights_memory([model]) + backward_memory(model, moments[0]))
     return ScoringCost(
         operators=len({operator.path for operator, _ in todo}),
         rows=rows,
@@ -435,7 +441,7 @@ def _cost(
         calls=math.ceil(inputs / batch),
         inputs=math.ceil(inputs),
         seconds=seconds * inputs / (each * len(jobs[0].seeds)),
-        memory=peak_memory(model, moments[0].call),
+        memory=memory,
     )
 
 
@@ -465,18 +471,23 @@ def _latent_shift(
 
 
 def _one_run(pipe: Any, model: nn.Module, call: Condition, seed: int) -> tuple[int, int]:
-    """(denoiser inputs, scheduler steps) that one latent takes."""
-    inputs = 0
+    """(denoiser inputs, scheduler steps) that one latent takes. To count them, calls of equal shapes get the output of the first."""
+    inputs, outputs = 0, dict[Any, Any]()
 
-    def count(_: nn.Module, args: Any, output: Any) -> None:
-        nonlocal inputs
-        inputs += len(output_tensor(output))
+    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inputs
+            shapes = tuple(t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+            if shapes not in outputs:
+                outputs[shapes] = forward(*args, **kwargs)
+            inputs += len(output_tensor(outputs[shapes]))
+            return outputs[shapes]
 
-    handle = model.register_forward_hook(count)
-    try:
+        return counted
+
+    with patched(model, "forward", counting):
         steps = run_to_latents(pipe, call, [seed])[2]
-    finally:
-        handle.remove()
     return inputs, steps
 
 
@@ -502,7 +513,7 @@ def _estimated(
     per_condition = max(1, round(budget.latents / len(chosen)))
     jobs = make_jobs(pipe, chosen, seeds[:per_condition], min(run_of["batch_size"], ROWS_IN_A_CALL))
     with tqdm(total=budget.refined, desc="trajectory errors", unit="op", disable=quiet, leave=False) as bar:
-        moves = estimate_moves(pipe, model, jobs, todo, budget, seed, steps, k, bar.update)
+        moves = estimate_moves(pipe, model, jobs, todo, budget, seed, steps, k, run_of["batch_size"], bar.update)
     # Of n latents that move independently by m each: avg_dist = std_dist = m / sqrt(n).
     n = len(seeds) * (len(conditions) if pooled else 1)
     sets = 1 if pooled else len(conditions)
