@@ -348,7 +348,7 @@ def preserved(pipe: Any) -> Iterator[None]:
     modules = [m for part in modules_of(pipe).values() for m in part.modules()]
     training = [m.training for m in modules]
     processors: list[tuple[Any, Any]] = [
-        (m, m.processor) for m in modules if hasattr(m, "set_processor") and hasattr(m, "processor")
+        (m, m.processor) for m in modules if hasattr(type(m), "set_processor") and hasattr(m, "processor")
     ]
     try:
         for module in modules:
