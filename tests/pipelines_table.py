@@ -57,7 +57,6 @@ REASONS = {
     "Cosmos2_5_TransferPipeline": "its ControlNet needs torchvision, which is not installed here",
     "DiffusionGemmaPipeline": TOKENS,
     "EasyAnimateControlPipeline": "fails in diffusers itself: its `encode_prompt` does not take `text_encoder_index`",
-    "Kandinsky6SRPipeline": "prunes by k; with both layers of the time embedding gone, diffusers finds no dtype there",
     "KarrasVePipeline": "prunes and runs, but diffusers cannot load the scheduler that it saves",
     "LEditsPPPipelineStableDiffusion": INVERT,
     "LEditsPPPipelineStableDiffusionXL": INVERT,
