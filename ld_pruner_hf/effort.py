@@ -5,8 +5,8 @@
 2. Refinement: real errors, for as many operators as the cost allows: those nearest to the cut if it is known how many will be
    taken out, until no other is near enough to matter; else the least important.
 
-A real error is that of the modified denoiser's output at inputs of the original trajectories. Its square counts by how much it
-grows on the way to the final latent, as the backward passes have measured. No denoising run is repeated.
+A real error is that of the modified denoiser's output at inputs of the original trajectories. Its square counts by how much such
+errors grow on the way to the final latent, as the backward passes have measured. No denoising run is repeated.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ EFFORTS = {"exact": 1, "balanced": 50, "fast": 600}
 They go through the denoiser in larger batches than the loop's, so that the time becomes less still.
 """
 
-MAX_LATENTS, MAX_PROBES = 16, 2
+MAX_LATENTS = 16
 ROWS_IN_A_CALL = 8
 AROUND = {"balanced": 4.0, "fast": 1.0}
 """effort -> denoiser calls' worth of MACs for each call, to run the modules around operators."""
 REFINEMENT_POINTS = 24, 64
 STAGES, SURE = 4, 3.0
 """Refinement near the cut is done in so many stages, and stops where rows are so many standard deviations away from it."""
-LINEAR_SHARE = 0.4
+LINEAR_SHARE, LINEAR_COST = 0.4, 4.5
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,11 @@ class Budget:
     """What may be spent, in inputs of the denoiser (one row of a batch).
 
     Attributes:
-        latents, probes: of the linear estimates. around: denoiser calls' worth, for each call, of running modules around
+        latents: of the linear estimates. around: denoiser calls' worth, for each call, of running modules around
             operators. refined: how many rows of scores get real errors, at `points` inputs each.
     """
 
     latents: int
-    probes: int
     around: float = 0.0
     refined: int = 0
     points: int = 0
@@ -74,24 +73,22 @@ class Budget:
         rest = total - linear.cost(inputs)
         points = int(min(most, linear.latents * inputs, max(least, rest / rows)))
         refined = min(rows, int(rest / points))
-        if refined < (rows / 20 if k is None else k / 4):  # too few to matter: better linear estimates instead
+        if points < least or refined < (rows / 20 if k is None else k / 4):  # too few: better linear estimates instead
             return cls._linear(effort, total, latents, inputs)
         return replace(linear, refined=refined, points=points)
 
     @classmethod
     def _linear(cls, effort: str, total: float, latents: int, inputs: int) -> Budget:
-        best = cls(1, 1, AROUND.get(effort, 1.0))
+        best = cls(1, AROUND.get(effort, 1.0))
         while (
             best.latents < min(latents, MAX_LATENTS) and replace(best, latents=best.latents + 1).cost(inputs) <= total
         ):
             best = replace(best, latents=best.latents + 1)
-        while best.probes < MAX_PROBES and replace(best, probes=best.probes + 1).cost(inputs) <= total:
-            best = replace(best, probes=best.probes + 1)
         return best
 
     def cost(self, inputs: int) -> float:
-        """Of everything, in denoiser inputs; for each latent a run, a forward with hooks, and a backward for each probe."""
-        linear = self.latents * inputs * (2.3 + 1.5 * self.probes + self.around)
+        """Of everything, in denoiser inputs; for each latent a run, a forward, another with stand-ins, and a backward."""
+        linear = self.latents * inputs * (LINEAR_COST + self.around)
         return linear + self.refined * self.points
 
 
@@ -104,13 +101,14 @@ def estimate_moves(
     seed: int,
     steps: int,
     k: int | None,
+    batch_size: int,
     on_row: Callable[[], Any],
 ) -> torch.Tensor:
     """Estimate how far each row of `todo` moves the final latents. Run it inside `preserved(pipe)`.
 
     Args:
         jobs: the runs to look at, of so many scheduler `steps`. k: how many operators will be taken out, if that is known.
-        on_row: called for each row whose real error has been measured.
+        batch_size: memory is taken for the denoising of so many latents. on_row: called for each row whose real error has been measured.
 
     Returns:
         (1 or 2, rows): the mean of each half of the latents; NaN where there is no estimate.
@@ -120,8 +118,8 @@ def estimate_moves(
     """
     runs: list[LinearRun] = []
     for i, job in enumerate(jobs):
-        around = runs[0].around if runs else budget.around
-        runs.append(linear_run(pipe, model, job, todo, budget.probes, seed + i, steps, around))
+        around = runs[0] if runs else budget.around
+        runs.append(linear_run(pipe, model, job, todo, seed + i, steps, around, batch_size))
     squares = torch.cat([r.squares.sum(1) for r in runs], dim=1)  # (rows, latents)
     halves = [squares[:, i::2] for i in range(min(2, squares.shape[1]))]
     moves = torch.stack([half.sqrt().mean(1) for half in halves])
@@ -138,8 +136,9 @@ def _refined(
     on_row: Callable[[], Any],
 ) -> torch.Tensor:
     """The estimated moves, with the real errors of `budget.refined` rows in their place."""
-    points, real = _points(runs, budget.points), torch.full_like(moves, math.nan)
-    same_inputs = FirstStep(model, [partial(run, model, m.call) for m, _ in points], [o.path for o, _ in todo])
+    points = _points(runs, budget.points)
+    errors, real = _Errors(points, len(todo), len(moves)), torch.full_like(moves, math.nan)
+    same_inputs = FirstStep(model, [partial(run, model, p.moment.call) for p in points], [o.path for o, _ in todo])
     for stage in range(STAGES):
         known = torch.isfinite(real[0])
         mixed = torch.where(known, real / _level(real, moves), moves)
@@ -150,8 +149,9 @@ def _refined(
             operator, spec = todo[n]
             modification = Modification(operator.path, operator.kind, spec)
             with applied(model, [modification]), same_inputs.reused([operator.path]):
-                real[:, n] = _weighted_errors(model, points, len(moves))
+                errors.measure(n, model)
             on_row()
+        real = errors.moves()
     return torch.where(torch.isfinite(real), real / _level(real, moves), moves)
 
 
@@ -184,23 +184,64 @@ def _spread(real: torch.Tensor, moves: torch.Tensor) -> float:
     return ratios.std().item() if len(ratios) > 2 else math.inf
 
 
-def _points(runs: Sequence[LinearRun], count: int) -> list[tuple[Moment, torch.Tensor]]:
-    """About `count` denoiser inputs of the runs, spread over runs, calls and rows, with the gain of each row's error."""
-    calls = [(r.moments[i], r.gains[i]) for r in runs for i in range(len(r.moments))]
-    chosen = evenly(calls, max(2, math.ceil(count / ROWS_IN_A_CALL)))
-    each = math.ceil(count / len(chosen))
-    points = []
-    for j, (moment, gain) in enumerate(chosen):
-        batch = len(moment.output)
-        rows = sorted({(j + r * batch // each) % batch for r in range(min(each, batch))})
-        points.append((rows_of(moment, rows), gain[rows].double().cpu()))
+@dataclass(frozen=True)
+class _Point:
+    """Some rows of a denoiser call of the original trajectory, and the gradient (rows, ...) of the final latents by them."""
+
+    moment: Moment
+    gradient: torch.Tensor
+
+
+def _points(runs: Sequence[LinearRun], count: int) -> list[_Point]:
+    """About `count` denoiser inputs of the runs, spread over runs, calls and rows."""
+    calls = [(r.moments[i], r.gradients[i]) for r in runs for i in range(len(r.moments))]
+    number = max(2, math.ceil(count / ROWS_IN_A_CALL))
+    while number < len(calls) and count > sum(min(ROWS_IN_A_CALL, len(m.output)) for m, _ in evenly(calls, number)):
+        number += 1
+    chosen = evenly(calls, number)
+    points: list[_Point] = []
+    for j, (moment, gradient) in enumerate(chosen):
+        batch, missing = len(moment.output), count - sum(len(p.moment.output) for p in points)
+        each = min(batch, math.ceil(missing / (len(chosen) - j)))
+        rows = sorted((j + r * batch // each) % batch for r in range(each))
+        points.append(_Point(rows_of(moment, rows), gradient[rows].float()))
     return points
 
 
-def _weighted_errors(model: nn.Module, points: Sequence[tuple[Moment, torch.Tensor]], parts: int) -> torch.Tensor:
-    """(parts,): from every so many-th row of the points, for all of them."""
-    squares = []
-    for moment, gain in points:
-        error = output_tensor(run(model, moment.call)).double() - moment.output.double()
-        squares.append(error.flatten(1).square().sum(1).cpu() * gain)
-    return torch.stack([torch.cat(squares)[i::parts].sum().sqrt() for i in range(parts)])
+class _Errors:
+    """Real errors of the denoiser's output at some points, and how far they move the final latents.
+
+    The squared gradient says how much a squared error grows on its way if it has no direction of its own; multiplied with the
+    error, how much it does grow, but that varies by chance. So errors are weighted by the one, and the weights of a point by
+    how much larger the other is, on average over the operators.
+
+    Args:
+        rows: how many there are to measure. parts: how many estimates to make for each, from every so many-th input.
+    """
+
+    def __init__(self, points: Sequence[_Point], rows: int, parts: int) -> None:
+        self.points, self.parts = points, parts
+        self.sizes = [len(p.moment.output) for p in points]
+        self.expected = torch.full((rows, sum(self.sizes)), math.nan, dtype=torch.float64)
+        self.grown = self.expected.clone()
+
+    def measure(self, n: int, model: nn.Module) -> None:
+        """Row n is what the model, as it is now, does."""
+        expected, grown = [], []
+        for p in self.points:
+            error = (output_tensor(run(model, p.moment.call)).float() - p.moment.output.float()).flatten(1)
+            gradient = p.gradient.flatten(1)
+            expected.append(error.square().sum(1) * gradient.square().mean(1))
+            grown.append(torch.linalg.vecdot(gradient, error).square())
+        self.expected[n], self.grown[n] = (torch.cat(parts).double().cpu() for parts in (expected, grown))
+
+    def moves(self) -> torch.Tensor:
+        """(parts, rows), NaN where nothing was measured."""
+        known = torch.isfinite(self.expected).all(1) & (self.expected.sum(1) > 0)
+        totals = self.expected[known].sum(1, keepdim=True)  # every operator counts alike
+        expected, grown = ((v[known] / totals).mean(0).split(self.sizes) for v in (self.expected, self.grown))
+        growth = torch.cat(
+            [(g.sum() / e.sum()).expand(len(e)) for e, g in zip(expected, grown, strict=True)]
+        ).nan_to_num(1.0)
+        squares = self.expected * growth
+        return torch.stack([squares[:, i :: self.parts].sum(1).sqrt() for i in range(self.parts)])

@@ -401,6 +401,25 @@ def patched(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable
             delattr(owner, name)
 
 
+def execution_device(pipe: Any) -> torch.device:
+    """Where the pipeline runs."""
+    return getattr(pipe, "_execution_device", None) or torch.device("cpu")
+
+
+@contextmanager
+def on_device(pipe: Any, device: torch.device) -> Iterator[None]:
+    """Inside, the pipeline is told where it runs; else it goes through all modules whenever it asks, which is often."""
+    if not isinstance(getattr(type(pipe), "_execution_device", None), property):
+        yield
+        return
+
+    def told(asked: property) -> property:
+        return property(lambda self: device if self is pipe else asked.__get__(self))
+
+    with patched(type(pipe), "_execution_device", told):  # type: ignore[arg-type]
+        yield
+
+
 @contextmanager
 def encoders_remembered(pipe: Any, component: str, found: dict[Any, Any]) -> Iterator[None]:
     """Inside, models from outside diffusers (text and image encoders), but not `component`, run once for equal inputs.
@@ -475,7 +494,7 @@ def run_to_latents(
     Where several schedulers step in turns (for pictures and sound, or for each frame), the latents of all in one (B, n) tensor.
     Where none steps, what a model of the pipeline gave last.
     """
-    device = getattr(pipe, "_execution_device", None) or torch.device("cpu")
+    device = execution_device(pipe)
     generators = [torch.Generator(device="cpu" if device.type == "mps" else device).manual_seed(s) for s in seeds]
     call = dict(call)
     if "generator" in call_parameters(pipe):
@@ -523,6 +542,7 @@ def run_to_latents(
             stack.enter_context(patched(kind, "step", keep_output))
         for model in models_of(pipe).values():
             stack.callback(model.register_forward_hook(keep_prediction).remove)
+        stack.enter_context(on_device(pipe, device))
         for name, part in modules_of(pipe).items():
             # Shap-E's renderer has decode_to_image and decode_to_mesh.
             for method in (m for m in dir(type(part)) if m == "decode" or m.startswith("decode_")):

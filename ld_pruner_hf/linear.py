@@ -5,9 +5,12 @@ r . (J d), for a random direction r, is the dot product of d with the gradient o
 backward pass gives it for every operator and stand-in. Over random r, the mean of (r . (J d))^2 is || J d ||^2.
 
 Autograd differentiates the pipeline's own arithmetic (guidance, scheduler), with the denoiser's outputs as its leaves. The
-denoiser is differentiated call by call, from the last to the first, so that only one call's activations are in memory. The
-moves that the single calls cause are taken to be independent, so their squares are added: measured, this ranks as well as
-adding the moves, and needs far fewer directions.
+denoiser is differentiated call by call, from the last to the first. The moves that the single calls cause are taken to be
+independent, so their squares are added: measured, this ranks as well as adding the moves. So every call and latent has a
+random number of its own, and one direction is enough.
+
+Little is kept for the backward pass: most modules run again when it reaches them (T. Chen et al., 2016), and only then with
+their stand-ins; and no more rows of a batch go through at once than take the memory of the denoising run itself.
 
 Most of what first order cannot see happens close by: a convolution before a norm can shrink without effect, until it is gone.
 So for the sorts of operators where it matters, the module around the operator runs with the stand-in inside, and d is the
@@ -20,20 +23,22 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 from .latents import Job, RecordedCall, patched, run_to_latents, scheduler_names
 from .plan import Operator, StandInSpec
-from .profiling import count_macs, run
+from .profiling import count_macs, peak_memory_of, run, weights_memory
 from .replacements import StandIn
-from .surgery import get_operator, replace_modules
-from .trajectory import Moment, evenly, output_tensor, rows_of
+from .surgery import get_operator
+from .trajectory import Moment, evenly, output_tensor, part_of, rows_of
 
 Todo = Sequence[tuple[Operator, StandInSpec]]
 Change = Callable[[nn.Module, Any, Any], Any]
@@ -54,15 +59,17 @@ class LinearRun:
             latent that replacing the operator in this call causes. NaN where it could not be had.
         moments: the denoiser's calls.
         around: row of `todo` -> the module whose real change was looked at instead of the operator's own.
-        gains: for each of them (B',): by how much a squared error of a row of its output grows on its way to the final latents.
+        gradients: for each of them (B', ...): of the final latents in a random direction, by its output.
         owners: for each of them (B', B): 1 where a row goes into a latent (guidance makes two rows a latent).
+        row_memory: about how many bytes the backward pass takes for each row that goes through at once.
     """
 
     squares: torch.Tensor
     moments: list[Moment]
     around: dict[int, str]
-    gains: list[torch.Tensor]
+    gradients: list[torch.Tensor]
     owners: list[torch.Tensor]
+    row_memory: int
 
 
 def sorts_of(todo: Todo) -> list[list[int]]:
@@ -79,76 +86,77 @@ def linear_run(
     model: nn.Module,
     job: Job,
     todo: Todo,
-    probes: int,
     seed: int,
     steps: int | None = None,
-    around: dict[int, str] | float = 0.0,
+    around: LinearRun | float = 0.0,
+    batch_size: int = 1,
 ) -> LinearRun:
     """Denoise with the unmodified model, then go back along the trajectory. Run it inside `preserved(pipe)`.
 
     Args:
-        todo: what is replaced by what. probes: how many random directions, drawn from `seed`.
+        todo: what is replaced by what. seed: of the random direction.
         steps: scheduler steps in a run, after which it is stopped: what comes then may be nothing to differentiate.
-        around: `LinearRun.around` of an earlier run; or how many denoiser calls' worth of MACs may be spent, for each call, on
-            running the modules around operators: those are then chosen here.
+        around: how many denoiser calls' worth of MACs may be spent, for each call, on running the modules around operators; or
+            an earlier run that has chosen them.
+        batch_size: the backward pass takes no more memory than the denoising of so many latents, if it can.
 
     Raises:
         ValueError: the pipeline's arithmetic cannot be differentiated.
     """
     graph = _differentiable_run(pipe, model, job, steps)
-    generator = torch.Generator().manual_seed(seed)
-    directions = [torch.randn(graph.latents.shape, generator=generator).to(graph.latents) for _ in range(probes)]
-    later: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in directions]
+    direction = random_direction(graph.latents, seed)
+    later: list[tuple[torch.Tensor, torch.Tensor]] = []
     calls = len(graph.calls)
     owners = [graph.owner(i) for i in range(calls)]
-    gains = [torch.zeros(0)] * calls
+    gradients = [torch.zeros(0)] * calls
     squares = torch.zeros(len(todo), calls, len(graph.latents), dtype=torch.float64)
     watcher = _Watcher(model, todo)
     with _frozen(model):
-        if not isinstance(around, dict):
-            around = _where_first_order_fails(graph, watcher, todo, directions, around) if around else {}
-        with watcher.watching(
-            [watcher.inside(n, around[n]) if n in around else watcher.own(n) for n in range(len(todo))]
-        ):
+        if isinstance(around, LinearRun):
+            chosen, row_memory = around.around, around.row_memory
+        else:
+            chosen = _where_first_order_fails(graph, watcher, todo, direction, around) if around else {}
+            row_memory = backward_memory(model, graph.moments()[-1])
+        at_once = max(1, graph.memory * batch_size // len(job.seeds) // row_memory)
+        changes = [watcher.inside(n, chosen[n]) if n in chosen else watcher.own(n) for n in range(len(todo))]
+        with watcher.watching(changes):
             for i in reversed(range(calls)):
-                gradients = [graph.gradient(i, d, later[p]) for p, d in enumerate(directions)]
-                gains[i] = torch.stack([g.float().flatten(1).square().mean(1) for g in gradients]).mean(0)
-                inputs = graph.inputs(i)
-                fresh = {id(t): t.detach().requires_grad_() for t in inputs}
-                call = graph.calls[i].mapped(functools.partial(_renewed, fresh))
-                for p, products in enumerate(watcher.products(call, gradients)):
-                    for t in inputs:
-                        leaf = fresh[id(t)]
-                        if leaf.grad is not None:
-                            later[p].append((t, leaf.grad))
-                        leaf.grad = None
-                    for n, product in products.items():
-                        assert isinstance(n, int)
-                        squares[n, i] += (product.cpu() @ owners[i]).square() / probes
+                gradients[i] = graph.gradient(i, direction, later)
+                products, inputs = watcher.backward(graph.calls[i], graph.inputs(i), gradients[i], at_once)
+                later += inputs
+                for n, product in products.items():
+                    assert isinstance(n, int)
+                    squares[n, i] = (product.cpu() @ owners[i]).square()
     squares[sorted(watcher.failed)] = float("nan")
-    return LinearRun(squares, graph.moments(), around, gains, owners)
+    return LinearRun(squares, graph.moments(), chosen, gradients, owners, row_memory)
+
+
+def random_direction(latents: torch.Tensor, seed: int) -> torch.Tensor:
+    """Standard normal, in the shape of the latents.
+
+    These are numpy's numbers: torch's from the same seed are the very noise that a latent starts from, and errors point along it.
+    """
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(latents.shape)).to(latents)
 
 
 def _where_first_order_fails(
-    graph: _Graph, watcher: _Watcher, todo: Todo, directions: Sequence[torch.Tensor], spend: float
+    graph: _Graph, watcher: _Watcher, todo: Todo, direction: torch.Tensor, spend: float
 ) -> dict[int, str]:
     """Row -> the module around it, for sorts where samples show in the last call that first order is at fault."""
     last = graph.moments()[-1]
     rows = evenly(range(len(last.output)), SAMPLED_ROWS)
     call = rows_of(last, rows).call
-    with torch.no_grad():
-        macs, _ = count_macs(watcher.model, call)
+    macs, _ = count_macs(watcher.model, rows_of(last, rows[:1]).call)
     callers = {n: path for n, (o, _) in enumerate(todo) if (path := _around(watcher.model, o.path))}
     share = {n: macs.get(path, 0) / max(1, macs[""]) for n, path in callers.items()}
     sorts = [sort for every in sorts_of(todo) if (sort := [n for n in every if n in callers])]
     samples = [n for sort in sorts for n in evenly(sort, SAMPLES)]
+    if not samples:
+        return {}
     watched = [watcher.own(n) for n in samples] + [watcher.inside(n, callers[n], key=(n,)) for n in samples]
-    gradients = [graph.gradient(len(graph.calls) - 1, d)[rows] for d in directions]
-    found: dict[Hashable, float] = {}
     with watcher.watching(watched):
-        for products in watcher.products(call, gradients):
-            for key, product in products.items():
-                found[key] = found.get(key, 0.0) + product.square().sum().item()
+        products = watcher.products(call, graph.gradient(len(graph.calls) - 1, direction)[rows])
+    found = {key: product.square().sum().item() for key, product in products.items()}
     watcher.failed.clear()
 
     def fault(sort: list[int]) -> float:
@@ -173,10 +181,6 @@ def _around(model: nn.Module, path: str) -> str:
     return path
 
 
-def _renewed(fresh: dict[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-    return fresh.get(id(tensor), tensor)
-
-
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Inside, the weights need no gradients."""
@@ -195,11 +199,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Graph:
-    """A run whose arithmetic outside the denoiser can be differentiated: `outputs` are leaves, `latents` the result."""
+    """A run whose arithmetic outside the denoiser can be differentiated: `outputs` are leaves, `latents` the result.
+
+    Attributes:
+        memory: the most bytes that tensors took in a call of the denoiser, without its weights.
+    """
 
     calls: list[RecordedCall] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
     latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    memory: int = 0
 
     def inputs(self, i: int) -> list[torch.Tensor]:
         """The arguments of call `i` that depend on earlier outputs."""
@@ -237,8 +246,14 @@ def _differentiable_run(pipe: Any, model: nn.Module, job: Job, steps: int | None
 
     def recording(forward: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():
-                output = forward(*args, **kwargs)
+            outputs: list[Any] = []
+            if not graph.calls:
+                graph.memory = peak_memory_of(lambda: outputs.append(forward(*args, **kwargs)), [model])
+                graph.memory -= weights_memory([model])
+            else:
+                with torch.no_grad():
+                    outputs.append(forward(*args, **kwargs))
+            (output,) = outputs
             leaf = output_tensor(output).detach().requires_grad_()
             graph.calls.append(RecordedCall(args, dict(kwargs)))
             graph.outputs.append(leaf)
@@ -273,9 +288,12 @@ class _Watcher:
         like = next(model.parameters())
         self.model, self.todo = model, todo
         self.failed: set[Hashable] = set()
-        self.stand_ins = [
-            StandIn(spec).to(device=like.device, dtype=like.dtype).requires_grad_(False) for _, spec in todo
-        ]
+        self.segments = segments(model)
+        made = {
+            name: StandIn(spec).to(device=like.device, dtype=like.dtype).requires_grad_(False)
+            for name, spec in {repr(spec): spec for _, spec in todo}.items()
+        }
+        self.stand_ins = [made[repr(spec)] for _, spec in todo]  # equal ones share their weights
         self._batch = 0
         self._products: dict[Hashable, torch.Tensor] = {}
 
@@ -285,73 +303,164 @@ class _Watcher:
 
     def inside(self, n: int, path: str, key: Hashable = None) -> tuple[Hashable, str, Change]:
         """The change of the output of the module at `path` with the stand-in in it."""
-        operator = get_operator(self.model, self.todo[n][0].path)
+        operator, around = (get_operator(self.model, p) for p in (self.todo[n][0].path, path))
+        places = [(m, name) for m in around.modules() for name, child in m._modules.items() if child is operator]
+
+        def put(module: nn.Module) -> None:
+            for parent, name in places:
+                parent._modules[name] = module
 
         def change(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            replace_modules(module, [(operator, self.stand_ins[n])])
+            put(self.stand_ins[n])
             try:
                 return module(*args, **kwargs)
             finally:
-                replace_modules(module, [(self.stand_ins[n], operator)])
+                put(operator)
 
         return n if key is None else key, path, change
 
     @contextmanager
     def watching(self, changes: Sequence[tuple[Hashable, str, Change]]) -> Iterator[None]:
-        """Inside, `products` looks at these."""
+        """Inside, `products` and `backward` look at these."""
         by_path: dict[str, list[tuple[Hashable, Change]]] = {}
         for key, path, change in changes:
             by_path.setdefault(path, []).append((key, change))
-        handles = [
-            get_operator(self.model, path).register_forward_hook(self._hook(here), with_kwargs=True)
-            for path, here in by_path.items()
-        ]
-        try:
+        with ExitStack() as stack:
+            for path, here in by_path.items():
+                module = get_operator(self.model, path)
+                stack.enter_context(patched(module, "forward", functools.partial(self._watched, module, here)))
+            for module in self.segments:  # last, so that what is watched of them belongs to them
+                stack.enter_context(patched(module, "forward", _recomputed))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def products(
-        self, call: RecordedCall, gradients: Sequence[torch.Tensor]
-    ) -> Iterator[dict[Hashable, torch.Tensor]]:
-        """One forward, then a backward for each gradient (B, ...) of the output: key -> (B,). Leaves keep their gradients."""
-        self._batch = len(gradients[0])
+    def backward(
+        self, call: RecordedCall, inputs: Sequence[torch.Tensor], gradient: torch.Tensor, at_once: int
+    ) -> tuple[dict[Hashable, torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """`products` for all rows of the gradient, of which so many go through at once.
+
+        Args:
+            inputs: arguments whose gradients are wanted.
+
+        Returns:
+            key -> (B,), and the inputs with their gradients.
+        """
+        batch = len(gradient)
+        found: dict[Hashable, torch.Tensor] = {}
+        totals = [torch.zeros_like(t) for t in inputs]
+
+        def go(rows: slice) -> None:
+            leaves = {id(t): part_of(t, rows, batch).detach().requires_grad_() for t in inputs}
+            part = call.mapped(lambda t: leaves[id(t)] if id(t) in leaves else part_of(t, rows, batch))
+            for key, product in self.products(part, gradient[rows]).items():
+                found.setdefault(key, product.new_zeros(batch))[rows] = product
+            for t, total in zip(inputs, totals, strict=True):
+                grad = leaves[id(t)].grad
+                if grad is not None:
+                    part_of(total, rows, batch).add_(grad)
+
+        for first in range(0, batch, at_once):
+            go(slice(first, first + at_once))
+        return found, list(zip(inputs, totals, strict=True))
+
+    def products(self, call: RecordedCall, gradient: torch.Tensor) -> dict[Hashable, torch.Tensor]:
+        """One forward, one backward from the gradient (B, ...) of the output: key -> (B,). Leaves keep their gradients."""
+        self._batch, self._products = len(gradient), {}
         with torch.enable_grad():
             output = output_tensor(run(self.model, call))
-        for p, gradient in enumerate(gradients):
-            self._products = {}
-            torch.autograd.backward(output, gradient, retain_graph=p + 1 < len(gradients))
-            yield self._products
+        torch.autograd.backward(output, gradient)
+        return self._products
 
-    def _hook(self, changes: Sequence[tuple[Hashable, Change]]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _watched(
+        self, module: nn.Module, changes: Sequence[tuple[Hashable, Change]], forward: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
             if not torch.is_grad_enabled():
-                return None
+                return output
             if not isinstance(
                 output, torch.Tensor
             ):  # one tensor may stand there twice: each place has its own gradient
                 output = tree_map_only(torch.Tensor, lambda t: t.view_as(t), output)
-            for key, change in changes:
-                with torch.no_grad():
-                    changed = tree_leaves(change(module, args, kwargs))
-                for new, old in zip(changed, tree_leaves(output), strict=True):
-                    if old is not None:
-                        old.requires_grad_()  # what depends on text or time only has none so far
-                        old.register_hook(self._add(key, new.detach(), old.detach()))
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))  # without what led to them
+            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            for place, old in enumerate(tree_leaves(output)):
+                if old is not None:
+                    old.requires_grad_()  # what depends on text or time only has none so far
+                    old.register_hook(self._hook(module, changes, args, kwargs, given, place, old.detach()))
             return output
 
-        return hook
+        return watched
 
-    def _add(self, key: Hashable, new: torch.Tensor, old: torch.Tensor) -> Callable[[torch.Tensor], None]:
-        versions = new._version, old._version
+    def _hook(
+        self,
+        module: nn.Module,
+        changes: Sequence[tuple[Hashable, Change]],
+        args: Any,
+        kwargs: Any,
+        given: Sequence[torch.Tensor],
+        place: int,
+        old: torch.Tensor,
+    ) -> Callable[[torch.Tensor], None]:
+        """For the output `old`, the one at that `place` among what the module returned for the `given` tensors."""
+        versions = [t._version for t in (*given, old)]
 
         def hook(gradient: torch.Tensor) -> None:
-            if len(gradient) % self._batch or versions != (new._version, old._version):
-                self.failed.add(key)
+            if len(gradient) % self._batch or versions != [t._version for t in (*given, old)]:
+                self.failed.update(key for key, _ in changes)
                 return
-            g, a, b = (t.float().reshape(self._batch, -1) for t in (gradient, new, old))
-            moved = (torch.linalg.vecdot(g, a) - torch.linalg.vecdot(g, b)).double()
-            self._products[key] = self._products[key] + moved if key in self._products else moved
+            g = gradient.float().reshape(self._batch, -1)
+            unmoved = torch.linalg.vecdot(g, old.float().reshape(self._batch, -1))
+            for key, change in changes:
+                with torch.no_grad():
+                    new = tree_leaves(change(module, args, kwargs))[place]
+                moved = (torch.linalg.vecdot(g, new.float().reshape(self._batch, -1)) - unmoved).double()
+                self._products[key] = self._products[key] + moved if key in self._products else moved
 
         return hook
+
+
+def backward_memory(model: nn.Module, moment: Moment) -> int:
+    """About how many bytes a forward and backward pass takes for each row, without the weights: measured with one."""
+    one = rows_of(moment, [0])
+    call = one.call.mapped(lambda t: t.detach().requires_grad_() if t.is_floating_point() and t.ndim > 1 else t)
+    watcher = _Watcher(model, [])
+    with _frozen(model), watcher.watching([]):
+        peak = peak_memory_of(lambda: watcher.products(call, torch.ones_like(one.output)), [model])
+    return max(1, peak - weights_memory([model]))
+
+
+def segments(model: nn.Module) -> list[nn.Module]:
+    """The modules that run again in the backward pass: the largest with no more leaves than the square root of the model's."""
+    leaves = {m: sum(not inner._modules for inner in m.modules()) for m in model.modules()}
+    found: dict[nn.Module, None] = {}
+    waiting = [model]
+    while waiting:
+        for child in waiting.pop().children():
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or leaves[child] ** 2 > leaves[model]:
+                waiting.append(child)
+            elif child._modules:
+                found[child] = None
+    return list(found)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, that keeps its arguments alone for the backward pass, and runs again there."""
+
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        leaves, inputs = tree_flatten((args, kwargs))
+        if not torch.is_grad_enabled() or not any(map(_needs_grad, leaves)):
+            return forward(*args, **kwargs)
+        outputs: Any = None
+
+        def flat(*leaves: Any) -> tuple[Any, ...]:
+            nonlocal outputs
+            args, kwargs = tree_unflatten(leaves, inputs)
+            found, outputs = tree_flatten(forward(*args, **kwargs))
+            return tuple(found)
+
+        found = checkpoint(flat, *leaves, use_reentrant=True, preserve_rng_state=False)
+        return tree_unflatten(found, outputs)
+
+    return recomputed

@@ -194,13 +194,22 @@ def peak_memory_of(fn: Callable[[], Any], models: Iterable[nn.Module], given: It
 
     Tensors elsewhere than on the models' device (results on the CPU, trials on `meta`) are not counted either.
     """
-    own = [t for model in models for t in (*model.parameters(), *model.buffers())]
+    models = list(models)
+    own = _weights(models)
     device = own[0].device if own else torch.device("cpu")
     apart = patched(flex_attention, "flex_attention", _apart)
     with torch.no_grad(), apart, _LiveTensors([*own, *given], device) as tensors:
         fn()
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own}
-    return sum(storages.values()) + tensors.peak
+    return weights_memory(models) + tensors.peak
+
+
+def weights_memory(models: Iterable[nn.Module]) -> int:
+    """Bytes of the parameters and buffers of all these models, shared ones counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _weights(models)}.values())
+
+
+def _weights(models: Iterable[nn.Module]) -> list[torch.Tensor]:
+    return [t for model in models for t in (*model.parameters(), *model.buffers())]
 
 
 def synchronize(device: torch.device) -> None:

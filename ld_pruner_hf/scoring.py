@@ -12,15 +12,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from .batching import quickest_batch_size
+from .batching import quickest_way
 from .criteria import block_influence, magnitude, output_error, random_scores, taylor
 from .effort import EFFORTS, ROWS_IN_A_CALL, Budget, estimate_moves
 from .latents import (
@@ -32,15 +33,17 @@ from .latents import (
     find_denoiser,
     make_conditions,
     make_jobs,
+    patched,
     preserved,
     record_call,
     run_to_latents,
     schedulers_of,
     steps_argument,
 )
+from .linear import backward_memory
 from .operators import check_filters, find_operators
 from .plan import Modification, Operator, StandInSpec, is_inside
-from .profiling import peak_memory, run
+from .profiling import peak_memory, run, weights_memory
 from .replacements import stand_in_cost
 from .reuse import FirstStep
 from .scores import LATENT_SHIFT, MEASURED_ALONE, OperatorScore, OperatorScores, RowFile, check_criterion
@@ -220,7 +223,8 @@ def score_operators(
         standins: "all" or "paper", as in `find_operators`.
         seed: the first seed.
         batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside); None finds the
-            quickest by trial. Scores depend on it no further than rounding goes.
+            quickest by trial, and whether the denoiser is quicker with its weights channels last. Scores depend on it no further than
+            rounding goes.
         calibration: how many inputs of the denoiser (a latent at a step) output-error, block-influence and taylor look at;
             they are spread over conditions and steps of the original runs.
         effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 50th and a 600th of its
@@ -260,7 +264,7 @@ def score_operators(
     quiet = bool(getattr(pipe, "_progress_bar_config", {}).get("disable", False))
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
-    with preserved(pipe):
+    with preserved(pipe), ExitStack() as stack:
         component = find_denoiser(pipe, component, **conditions[0])
         model: nn.Module = getattr(pipe, component)
         check_replaceable(model)
@@ -295,8 +299,8 @@ def score_operators(
             raise ValueError(
                 f"none of {len(operators)} selected modules can be replaced; see find_operators for the reasons"
             )
-        batch_size = batch_size or quickest_batch_size(pipe, conditions, settings["seeds"], quiet)
-        run_of = {"conditions": conditions, "seeds": settings["seeds"], "batch_size": batch_size}
+        at_once = stack.enter_context(quickest_way(pipe, component, conditions, settings["seeds"], batch_size, quiet))
+        run_of = {"conditions": conditions, "seeds": settings["seeds"], "batch_size": at_once}
 
         if on_cost is not None:
             on_cost(_cost(pipe, component, todo, run_of, criterion, effort, calibration))
@@ -353,7 +357,7 @@ class ScoringCost:
     Attributes:
         operators, rows: to score; a row is an operator with one stand-in. effort: how.
         calls: of the denoiser. inputs: rows of their batches. seconds: on this device.
-        memory: the most that tensors hold at one time in the denoising runs, weights included, in bytes.
+        memory: the most that tensors of the model hold at one time, weights included, in bytes.
     """
 
     operators: int
@@ -428,6 +432,9 @@ def _cost(
     else:
         inputs = whole / EFFORTS[effort]
     batch = sum(len(m.output) for m in moments) / len(moments)
+    memory = peak_memory(model, moments[0].call)
+    if effort != "exact":  # the backward pass takes no more than that, but for one row, which goes through in any case
+        memory = max(memory, weights_memory([model]) + backward_memory(model, moments[0]))
     return ScoringCost(
         operators=len({operator.path for operator, _ in todo}),
         rows=rows,
@@ -435,7 +442,7 @@ def _cost(
         calls=math.ceil(inputs / batch),
         inputs=math.ceil(inputs),
         seconds=seconds * inputs / (each * len(jobs[0].seeds)),
-        memory=peak_memory(model, moments[0].call),
+        memory=memory,
     )
 
 
@@ -465,18 +472,23 @@ def _latent_shift(
 
 
 def _one_run(pipe: Any, model: nn.Module, call: Condition, seed: int) -> tuple[int, int]:
-    """(denoiser inputs, scheduler steps) that one latent takes."""
-    inputs = 0
+    """(denoiser inputs, scheduler steps) that one latent takes. To count them, calls of equal shapes get the output of the first."""
+    inputs, outputs = 0, dict[Any, Any]()
 
-    def count(_: nn.Module, args: Any, output: Any) -> None:
-        nonlocal inputs
-        inputs += len(output_tensor(output))
+    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inputs
+            shapes = tuple(t.shape for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+            if shapes not in outputs:
+                outputs[shapes] = forward(*args, **kwargs)
+            inputs += len(output_tensor(outputs[shapes]))
+            return outputs[shapes]
 
-    handle = model.register_forward_hook(count)
-    try:
+        return counted
+
+    with patched(model, "forward", counting):
         steps = run_to_latents(pipe, call, [seed])[2]
-    finally:
-        handle.remove()
     return inputs, steps
 
 
@@ -502,7 +514,7 @@ def _estimated(
     per_condition = max(1, round(budget.latents / len(chosen)))
     jobs = make_jobs(pipe, chosen, seeds[:per_condition], min(run_of["batch_size"], ROWS_IN_A_CALL))
     with tqdm(total=budget.refined, desc="trajectory errors", unit="op", disable=quiet, leave=False) as bar:
-        moves = estimate_moves(pipe, model, jobs, todo, budget, seed, steps, k, bar.update)
+        moves = estimate_moves(pipe, model, jobs, todo, budget, seed, steps, k, run_of["batch_size"], bar.update)
     # Of n latents that move independently by m each: avg_dist = std_dist = m / sqrt(n).
     n = len(seeds) * (len(conditions) if pooled else 1)
     sets = 1 if pooled else len(conditions)
@@ -610,11 +622,12 @@ def damage_meter(
     check_joint(criterion)
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
-    with preserved(pipe):
+    with preserved(pipe), ExitStack() as stack:
         component = find_denoiser(pipe, component, **conditions[0])
         model: nn.Module = getattr(pipe, component)
-        batch_size = batch_size or quickest_batch_size(pipe, conditions, range(seed, seed + seeds), quiet=True)
-        run_of = {"conditions": conditions, "seeds": range(seed, seed + seeds), "batch_size": batch_size}
+        drawn = range(seed, seed + seeds)
+        at_once = stack.enter_context(quickest_way(pipe, component, conditions, drawn, batch_size, quiet=True))
+        run_of = {"conditions": conditions, "seeds": drawn, "batch_size": at_once}
         if criterion == "output-error":
             moments = calibration_set(pipe, component, **run_of, size=calibration)
         else:

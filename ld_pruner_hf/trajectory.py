@@ -27,11 +27,15 @@ class Moment:
     output: torch.Tensor
 
 
+def part_of(tensor: torch.Tensor, rows: list[int] | slice, batch: int) -> torch.Tensor:
+    """An argument of a call with `batch` rows, for some of them."""
+    return tensor[rows] if tensor.ndim and len(tensor) == batch else tensor
+
+
 def rows_of(moment: Moment, rows: Sequence[int]) -> Moment:
     """The same moment for some rows of its batch."""
     batch, chosen = len(moment.output), list(rows)
-    call = moment.call.mapped(lambda t: t[chosen] if t.ndim and len(t) == batch else t)
-    return Moment(call, moment.output[chosen])
+    return Moment(moment.call.mapped(lambda t: part_of(t, chosen, batch)), moment.output[chosen])
 
 
 def record_run(

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from ld_pruner_hf import OperatorScores, PlanError, effort, make_plan
 from ld_pruner_hf.effort import EFFORTS, Budget
 from ld_pruner_hf.latents import final_latents, make_jobs, preserved
-from ld_pruner_hf.linear import linear_run, sorts_of
+from ld_pruner_hf.linear import linear_run, random_direction, sorts_of
 from ld_pruner_hf.operators import find_operators
 from ld_pruner_hf.plan import Modification
 from ld_pruner_hf.replacements import StandIn
@@ -29,6 +29,14 @@ def todo_of(pipe, **filters):
 
 def jobs_of(pipe, prompts=("pizza", "red heart"), steps=3):
     return make_jobs(pipe, [{"prompt": p, "num_inference_steps": steps} for p in prompts], [0], 8)
+
+
+def mean_squares(pipe, job, todo, count=32, around=0.0):
+    """Over so many directions."""
+    runs = []
+    for seed in range(count):
+        runs.append(linear_run(pipe, pipe.unet, job, todo, seed, around=runs[0] if runs else around))
+    return torch.stack([run.squares for run in runs]).mean(0)
 
 
 def nudged(pipe, path, stand_in, share):
@@ -50,7 +58,7 @@ def test_one_step_is_the_derivative_of_the_final_latents(pipe, path):
     job = jobs_of(pipe, steps=1)[0]
     pipe.unet.double(), pipe.text_encoder.double()
     with preserved(pipe):
-        run = linear_run(pipe, pipe.unet, job, todo, probes=64, seed=0)
+        squares = mean_squares(pipe, job, todo)
         for n, (_, spec) in enumerate(todo):
             moved = []
             for share in (-1e-4, 1e-4):
@@ -58,8 +66,8 @@ def test_one_step_is_the_derivative_of_the_final_latents(pipe, path):
                 moved.append(final_latents(pipe, job.call, job.seeds).double())
                 handle.remove()
             expected = ((moved[1] - moved[0]) / 2e-4).flatten(1).square().sum(1)
-            assert run.squares[n, 0].numpy() == pytest.approx(expected.numpy(), rel=0.7)
-            assert run.squares[n].sum().item() == pytest.approx(expected.sum().item(), rel=0.4)
+            assert squares[n, 0].numpy() == pytest.approx(expected.numpy(), rel=0.7)
+            assert squares[n].sum().item() == pytest.approx(expected.sum().item(), rel=0.4)
 
 
 def shrunk(pipe, path):
@@ -79,32 +87,32 @@ def test_where_first_order_fails_the_module_around_runs(pipe):
         original = final_latents(pipe, job.call, job.seeds)
         with applied(pipe.unet, [Modification(path, "Conv2d", todo[0][1])]):
             moved = (final_latents(pipe, job.call, job.seeds) - original).square().sum().item()
-        plain, put_right = (
-            linear_run(pipe, pipe.unet, job, todo, probes=64, seed=0, around=around) for around in (0.0, 1.0)
-        )
-        again = linear_run(pipe, pipe.unet, job, todo, probes=64, seed=0, around=put_right.around)
-    assert plain.around == {} and put_right.around == {0: "mid_block.resnets.0"}
-    assert plain.squares[0].sum().item() < 0.1 * moved
-    assert put_right.squares[0].sum().item() == pytest.approx(moved, rel=0.5)
-    assert torch.allclose(put_right.squares[1], plain.squares[1]), "the other is as it was"
-    assert torch.equal(again.squares, put_right.squares)
+        runs = [linear_run(pipe, pipe.unet, job, todo, seed=0, around=around) for around in (0.0, 1.0)]
+        again = linear_run(pipe, pipe.unet, job, todo, seed=0, around=runs[1])
+        plain, put_right = (mean_squares(pipe, job, todo, around=run) for run in runs)
+    assert runs[0].around == {} and runs[1].around == {0: "mid_block.resnets.0"}
+    assert plain[0].sum().item() < 0.1 * moved
+    assert put_right[0].sum().item() == pytest.approx(moved, rel=0.5)
+    assert torch.allclose(put_right[1], plain[1]), "the other is as it was"
+    assert torch.equal(again.squares, runs[1].squares)
 
 
 def test_no_more_is_run_around_operators_than_may_be_spent(pipe):
     todo = todo_of(pipe, include=["mid_block*"])
     with preserved(pipe):
         runs = [
-            linear_run(pipe, pipe.unet, jobs_of(pipe, steps=1)[0], todo, probes=1, seed=0, around=around)
+            linear_run(pipe, pipe.unet, jobs_of(pipe, steps=1)[0], todo, seed=0, around=around)
             for around in (0.05, 100.0)
         ]
     assert 0 < len(runs[0].around) < len(runs[1].around)
 
 
-def test_gains_say_how_errors_grow(pipe):
-    """An error of the last output, multiplied by its gain, is its squared effect on the latents."""
+def test_gradients_say_how_errors_grow(pipe):
+    """An error of no direction, multiplied by the mean square of the gradient, is its squared effect on the latents."""
     job = jobs_of(pipe)[0]
     with preserved(pipe):
-        run = linear_run(pipe, pipe.unet, job, todo_of(pipe, include="conv_act"), probes=16, seed=0)
+        todo = todo_of(pipe, include="conv_act")
+        runs = [linear_run(pipe, pipe.unet, job, todo, seed) for seed in range(16)]
         original = final_latents(pipe, job.call, job.seeds)
         calls = []
 
@@ -119,11 +127,18 @@ def test_gains_say_how_errors_grow(pipe):
         handle = pipe.unet.register_forward_hook(disturb, with_kwargs=True)
         moved = final_latents(pipe, job.call, job.seeds) - original
         handle.remove()
-    expected = moved.square().sum().item()
-    rows = len(run.gains[2]) // 2
-    values = moved[0].numel() * 1e-6
-    assert (run.gains[2][rows:] * values).sum().item() == pytest.approx(expected, rel=0.3)
-    assert run.owners[2].tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
+    gradients = torch.stack([run.gradients[2] for run in runs])
+    gains = gradients.flatten(2).square().mean((0, 2))[gradients.shape[1] // 2 :]
+    assert (gains * moved[0].numel() * 1e-6).sum().item() == pytest.approx(moved.square().sum().item(), rel=0.3)
+    assert runs[0].owners[2].tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
+
+
+def test_directions_are_not_the_noise_that_latents_start_from():
+    latents = torch.zeros(2, 4, 16, 16)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
+    direction = random_direction(latents, 5)
+    assert abs(torch.corrcoef(torch.stack([noise.flatten(), direction.flatten()]))[0, 1]) < 0.1
+    assert direction.std() == pytest.approx(1, abs=0.1)
 
 
 def test_estimates_rank_as_the_loop_does(pipe, monkeypatch):
@@ -224,9 +239,9 @@ def measured_rows(pipe, monkeypatch, k, refined=6):
     refine = effort._refined
     monkeypatch.setattr(effort, "applied", applying)
     monkeypatch.setattr(effort, "_refined", refining)
-    budget = Budget(latents=2, probes=1, refined=refined, points=8)
+    budget = Budget(latents=2, refined=refined, points=8)
     with preserved(pipe):
-        moves = effort.estimate_moves(pipe, pipe.unet, jobs_of(pipe), todo, budget, 0, 3, k, lambda: None)
+        moves = effort.estimate_moves(pipe, pipe.unet, jobs_of(pipe), todo, budget, 0, 3, k, 8, lambda: None)
     return order, todo, linear[0].mean(0), moves.mean(0)
 
 

@@ -21,6 +21,7 @@ from ld_pruner_hf.latents import (
     find_denoisers,
     make_conditions,
     make_jobs,
+    on_device,
     preserved,
     record_call,
     steps_argument,
@@ -361,6 +362,24 @@ def test_the_scheduler_class_is_whole_again(pipe):
         with pytest.raises(TypeError):
             final_latents(pipe, {"prompt": "pizza", "num_inference_steps": "x"}, [0])
     assert DDIMScheduler.step is step
+
+
+def test_a_pipeline_looks_once_for_its_device(pipe, monkeypatch):
+    """It goes through all modules for it; another pipeline of the class is not told this one's."""
+    other, asked = copy.copy(pipe), []
+
+    def device(self) -> torch.device:
+        asked.append(self)
+        return torch.device("cpu" if self is pipe else "meta")
+
+    monkeypatch.setattr(type(pipe), "_execution_device", property(device))
+    with on_device(pipe, torch.device("cpu")):
+        assert (pipe._execution_device.type, other._execution_device.type) == ("cpu", "meta")
+    assert len(asked) == 1
+    with preserved(pipe):
+        final_latents(pipe, {"prompt": "a cat", "num_inference_steps": 2}, [0])
+    assert len(asked) == 2, "the pipeline asks more than once in a call"
+    assert pipe._execution_device.type == "cpu" and len(asked) == 3
 
 
 # ---- no trace ------------------------------------------------------------------------------------------------------
