@@ -64,7 +64,7 @@ REASONS = {
     "LTX2DFRTemporalRefinePipeline": "needs the `latents` of a pass before, and scoring sets the noise itself",
     "LTX2VideoDiffusionDecodePipeline": "denoises inside of `diffusion_decoder.decode`, without a step of its scheduler",
     "OmniGenPipeline": "its processor needs torchvision, which is not installed here",
-    "SpectrogramDiffusionPipeline": "needs note_seq, which brings 24 packages (IPython, Bokeh) and is not installed here",
+    "SpectrogramDiffusionPipeline": "needs note_seq, which brings 23 further packages (IPython, Bokeh), not installed here",
     "StableDiffusionControlNetXSPipeline": XS,
     "StableDiffusionOnnxPipeline": "runs in ONNX Runtime, so it has no torch modules",
     "StableDiffusionXLControlNetXSPipeline": XS,
