@@ -417,7 +417,7 @@ def kandinsky6() -> Built:
 @further
 def kandinsky6_super_resolution() -> Built:
     transformer = d.Kandinsky6SRTransformer3DModel(
-        in_visual_dim=4, out_visual_dim=40, time_dim=16, model_dim=16, ff_dim=32, num_visual_blocks=2, axes_dims=(4, 6, 6),
+        in_visual_dim=4, out_visual_dim=40, time_dim=16, model_dim=16, ff_dim=32, num_visual_blocks=3, axes_dims=(4, 6, 6),
         nabla_window=(1, 1, 1), tile_sizes=((128, 128),),
     )  # fmt: skip
     vae = d.Kandinsky6SRVAE(
