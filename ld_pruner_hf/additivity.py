@@ -15,7 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .latents import only_one
-from .plan import SEVERAL, Modification, is_inside, write_atomically
+from .plan import SEVERAL, is_inside, write_atomically
 from .scores import NORMS, OperatorScore, OperatorScores, combined
 from .scoring import damage_meter
 
@@ -164,16 +164,13 @@ def measure_additivity(
     found: list[JointDamage] = []
     how.setdefault("component", scores.component)
     with damage_meter(pipe, conditions, criterion=scores.criterion, **how) as measure:
-        _check_reproduced(rows[0], measure(_modifications(rows[:1])), scores.criterion)
+        _check_reproduced(rows[0], measure([rows[0].modification(scores.criterion)]), scores.criterion)
         for one in tqdm(drawn, desc="joint damage", unit="set", disable=not progress):
             single = [row.score(scores.criterion) for row in one]
             predicted, paths = combined(scores.criterion, single), tuple(row.path for row in one)
-            found.append(JointDamage(len(one), predicted, measure(_modifications(one)), paths, sum(single)))
+            measured = measure([row.modification(scores.criterion) for row in one])
+            found.append(JointDamage(len(one), predicted, measured, paths, sum(single)))
     return Additivity(scores.criterion, tuple(found))
-
-
-def _modifications(rows: Iterable[OperatorScore]) -> list[Modification]:
-    return [Modification(row.path, row.kind, row.stand_in) for row in rows]
 
 
 def _check_reproduced(row: OperatorScore, measured: float, criterion: str) -> None:

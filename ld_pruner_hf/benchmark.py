@@ -180,6 +180,8 @@ class BenchmarkSettings:
             raise ValueError("nothing to compare: give budgets, numbers of operators or presets")
         if self.test_seeds < 2:
             raise ValueError(f"test_seeds: got {self.test_seeds}, expected 2 or more: intervals are over seeds")
+        if self.calibrations < 1:
+            raise ValueError(f"calibrations: got {self.calibrations}, expected 1 or more: every candidate is measured")
 
     def candidates(self) -> list[tuple[Way, str, float]]:
         """(way, unit, goal) of everything to measure: those of one budget together."""

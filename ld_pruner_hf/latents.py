@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from .plan import SEVERAL
 
@@ -44,6 +44,22 @@ def modules_of(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
+def models_of(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's models of diffusers, without its autoencoders, by name."""
+    return {n: m for n, m in modules_of(pipe).items() if isinstance(m, ModelMixin) and not hasattr(m, "decode")}
+
+
+def schedulers_of(pipe: Any) -> list[Any]:
+    """The schedulers that take the pipeline's steps: `scheduler`, or where there is none of that name, one for each stage."""
+    if hasattr(pipe, "scheduler"):
+        return [pipe.scheduler]
+    return [part for part in pipe.components.values() if isinstance(part, SchedulerMixin)]
+
+
+def scheduler_names(pipe: Any) -> str:
+    return ", ".join(type(scheduler).__name__ for scheduler in schedulers_of(pipe))
+
+
 def find_denoiser(pipe: Any, component: str | None = None, **call: Any) -> str:
     """Name of the component that denoises.
 
@@ -62,7 +78,7 @@ def find_denoiser(pipe: Any, component: str | None = None, **call: Any) -> str:
     for name in USUAL_DENOISERS:
         if name in modules:
             return name
-    if not modules or not hasattr(pipe, "scheduler"):
+    if not modules or not schedulers_of(pipe):
         raise ValueError(
             f"{where}: no denoiser found among its components {sorted(pipe.components)}; name one with component=..., "
             "or pass the model itself with example_inputs to ld_pruner_hf.find_operators"
@@ -100,7 +116,7 @@ def find_denoisers(pipe: Any, component: str | None = None, **call: Any) -> list
         return [find_denoiser(pipe, name) for name in component.split(SEVERAL)]
     first = find_denoiser(pipe, **call)
     modules = modules_of(pipe)
-    others = [n for n, m in modules.items() if n != first and isinstance(m, ModelMixin) and not hasattr(m, "decode")]
+    others = [name for name in models_of(pipe) if name != first]
     if not others:
         return [first]
     ran, last = [first], {first}
@@ -279,7 +295,8 @@ def make_jobs(pipe: Any, conditions: Sequence[Condition], seeds: Sequence[int], 
     prompts = [c.get("prompt") for c in conditions]
     rest = [{k: v for k, v in c.items() if k != "prompt"} for c in conditions]
     same_rest = all(_same(r, rest[0]) for r in rest)
-    if same_rest and all(isinstance(p, str) for p in prompts) and all(_batchable(k, v) for k, v in rest[0].items()):
+    texts = all(isinstance(p, str) for p in prompts) and _takes_lists(parameters.get("prompt"))
+    if texts and same_rest and all(_batchable(k, v) for k, v in rest[0].items()):
 
         def call(chunk: list[tuple[int, int]]) -> Condition:
             text = {k: [v] * len(chunk) if "prompt" in k and isinstance(v, str) else v for k, v in rest[0].items()}
@@ -294,6 +311,13 @@ def make_jobs(pipe: Any, conditions: Sequence[Condition], seeds: Sequence[int], 
         return [Job(conditions[i], (s,), (i,)) for i, s in pairs]
     chunks = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
     return [Job(call(c), tuple(s for _, s in c), tuple(i for i, _ in c)) for c in chunks]
+
+
+def _takes_lists(parameter: inspect.Parameter | None) -> bool:
+    """As far as its type says; nearly all pipelines take several prompts in a call, DreamLite takes one."""
+    if parameter is None or parameter.annotation is parameter.empty:
+        return True
+    return "list" in str(parameter.annotation).lower()
 
 
 def _same(a: Condition, b: Condition) -> bool:
@@ -313,7 +337,8 @@ def _batchable(name: str, value: Any) -> bool:
 
 @contextmanager
 def preserved(pipe: Any) -> Iterator[None]:
-    """Put back what pipeline calls change: random state, training flags, scheduler, the pipeline's private attributes.
+    """Put back what pipeline calls change: random state, training flags, attention processors, scheduler, the pipeline's private
+    attributes.
 
     Inside, modules are in eval mode, gradients are off, the pipeline's own progress bars are quiet and its scheduler is a copy.
     """
@@ -322,6 +347,9 @@ def preserved(pipe: Any) -> Iterator[None]:
     attributes = dict(vars(pipe))
     modules = [m for part in modules_of(pipe).values() for m in part.modules()]
     training = [m.training for m in modules]
+    processors: list[tuple[Any, Any]] = [
+        (m, m.processor) for m in modules if hasattr(type(m), "set_processor") and hasattr(m, "processor")
+    ]
     try:
         for module in modules:
             if module.training:  # setting an attribute of a module is slow
@@ -335,6 +363,9 @@ def preserved(pipe: Any) -> Iterator[None]:
         for module, flag in zip(modules, training, strict=True):
             if module.training != flag:
                 module.training = flag
+        for module, processor in processors:
+            if module.processor is not processor:
+                module.set_processor(processor)
         vars(pipe).clear()
         vars(pipe).update(attributes)
         torch.set_rng_state(rng[0])
@@ -370,6 +401,25 @@ def patched(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable
             delattr(owner, name)
 
 
+def execution_device(pipe: Any) -> torch.device:
+    """Where the pipeline runs."""
+    return getattr(pipe, "_execution_device", None) or torch.device("cpu")
+
+
+@contextmanager
+def on_device(pipe: Any, device: torch.device) -> Iterator[None]:
+    """Inside, the pipeline is told where it runs; else it goes through all modules whenever it asks, which is often."""
+    if not isinstance(getattr(type(pipe), "_execution_device", None), property):
+        yield
+        return
+
+    def told(asked: property) -> property:
+        return property(lambda self: device if self is pipe else asked.__get__(self))
+
+    with patched(type(pipe), "_execution_device", told):  # type: ignore[arg-type]
+        yield
+
+
 @contextmanager
 def encoders_remembered(pipe: Any, component: str, found: dict[Any, Any]) -> Iterator[None]:
     """Inside, models from outside diffusers (text and image encoders), but not `component`, run once for equal inputs.
@@ -383,9 +433,11 @@ def encoders_remembered(pipe: Any, component: str, found: dict[Any, Any]) -> Ite
             return tuple(value.shape), value.dtype, value.detach().cpu().float().numpy().tobytes()
         return repr(value)
 
-    def remembering(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def remembering(name: str, model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def remembered(*args: Any, **kwargs: Any) -> Any:
+            if any(m._forward_hooks for m in model.modules()):  # JoyImage takes its embeddings from a hook
+                return forward(*args, **kwargs)
             leaves, structure = tree_flatten((args, kwargs))
             key = name, str(structure), tuple(map(key_of, leaves))
             if key not in found:
@@ -397,7 +449,7 @@ def encoders_remembered(pipe: Any, component: str, found: dict[Any, Any]) -> Ite
     with ExitStack() as stack:
         for name, model in modules_of(pipe).items():
             if name != component and not isinstance(model, ModelMixin):
-                stack.enter_context(patched(model, "forward", functools.partial(remembering, name)))
+                stack.enter_context(patched(model, "forward", functools.partial(remembering, name, model)))
         yield
 
 
@@ -437,32 +489,47 @@ def run_to_latents(
     pipe: Any, call: Condition, seeds: Sequence[int], stop_after: int | None = None
 ) -> tuple[torch.Tensor, dict[str, RecordedCall], int]:
     """Run the pipeline up to its first decoding: latents as the last scheduler step returns them, component -> its `decode`
-    call, scheduler steps."""
-    device = getattr(pipe, "_execution_device", None) or torch.device("cpu")
+    call, scheduler steps.
+
+    Where several schedulers step in turns (for pictures and sound, or for each frame), the latents of all in one (B, n) tensor.
+    Where none steps, what a model of the pipeline gave last.
+    """
+    device = execution_device(pipe)
     generators = [torch.Generator(device="cpu" if device.type == "mps" else device).manual_seed(s) for s in seeds]
     call = dict(call)
     if "generator" in call_parameters(pipe):
         call["generator"] = generators if len(generators) > 1 else generators[0]
-    latents: torch.Tensor | None = None
+    # The last step of each scheduler that takes turns; it is kept alive, so that no id comes twice.
+    latest: dict[int, tuple[Any, torch.Tensor]] = {}
+    prediction: torch.Tensor | None = None
     decodes: dict[str, RecordedCall] = {}
     steps = 0
 
     def keep_output(step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(step)  # pipelines look at the signature to see what a scheduler's step takes
-        def kept(*args: Any, **kwargs: Any) -> Any:
-            nonlocal latents, steps
-            output = step(*args, **kwargs)
-            latents, steps = output[0], steps + 1
+        def kept(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal steps
+            output = step(scheduler, *args, **kwargs)
+            if id(scheduler) in latest:
+                latest.clear()
+            latest[id(scheduler)] = scheduler, output[0]
+            steps += 1
             if steps == stop_after:
                 raise _Stop
             return output
 
         return kept
 
-    def stop_when_denoised(component: str, decode: Callable[..., Any]) -> Callable[..., Any]:
+    def keep_prediction(_: nn.Module, args: Any, output: Any) -> None:
+        nonlocal prediction
+        if not steps:
+            prediction = next((x for x in tree_leaves(output) if isinstance(x, torch.Tensor)), prediction)
+
+    def stop_when_denoised(component: str, method: str, decode: Callable[..., Any]) -> Callable[..., Any]:
         def stopping(*args: Any, **kwargs: Any) -> Any:
             if steps:
-                decodes[component] = RecordedCall(args, dict(kwargs), "decode")
+                if method == "decode":
+                    decodes[component] = RecordedCall(args, dict(kwargs), method)
                 raise _Stop
             return decode(*args, **kwargs)
 
@@ -470,20 +537,26 @@ def run_to_latents(
 
     torch.manual_seed(seeds[0])  # for pipelines that draw noise without their generator
     with ExitStack() as stack:
-        # On the class, not on the object: some pipelines copy their scheduler.
-        stack.enter_context(patched(type(pipe.scheduler), "step", keep_output))
+        for kind in {type(scheduler) for scheduler in schedulers_of(pipe) if hasattr(scheduler, "step")}:
+            # On the class, not on the object: some pipelines copy their scheduler.
+            stack.enter_context(patched(kind, "step", keep_output))
+        for model in models_of(pipe).values():
+            stack.callback(model.register_forward_hook(keep_prediction).remove)
+        stack.enter_context(on_device(pipe, device))
         for name, part in modules_of(pipe).items():
-            if hasattr(part, "decode"):
-                stack.enter_context(patched(part, "decode", functools.partial(stop_when_denoised, name)))
+            # Shap-E's renderer has decode_to_image and decode_to_mesh.
+            for method in (m for m in dir(type(part)) if m == "decode" or m.startswith("decode_")):
+                stack.enter_context(patched(part, method, functools.partial(stop_when_denoised, name, method)))
         try:
             pipe(**call)
         except _Stop:
             if hasattr(pipe, "maybe_free_model_hooks"):
                 pipe.maybe_free_model_hooks()
-    if latents is None:
-        raise RuntimeError(
-            f"{type(pipe).__name__} finished without a step of its scheduler {type(pipe.scheduler).__name__}"
-        )
+    outputs = [x for _, x in latest.values()] or ([] if prediction is None else [prediction])
+    if not outputs:
+        raise RuntimeError(f"{type(pipe).__name__} finished without a step of its scheduler {scheduler_names(pipe)}")
+    together = [x for x in outputs if len(x) == len(outputs[-1])]
+    latents = together[0] if len(together) == 1 else torch.cat([x.flatten(1) for x in together], dim=1)
     return latents, decodes, steps
 
 

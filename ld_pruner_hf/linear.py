@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from .latents import Job, RecordedCall, modules_of, patched, run_to_latents
+from .latents import Job, RecordedCall, modules_of, patched, run_to_latents, scheduler_names
 from .plan import Operator, StandInSpec
 from .profiling import count_macs, peak_memory_of, run, weights_memory
 from .replacements import StandIn
@@ -272,7 +272,7 @@ def _differentiable_run(pipe: Any, model: nn.Module, job: Job, steps: int | None
         latents = run_to_latents(pipe, job.call, job.seeds, steps)[0]
     if not latents.requires_grad:
         raise ValueError(
-            f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} cannot be differentiated; use effort='exact'"
+            f"{type(pipe).__name__} with {scheduler_names(pipe)} cannot be differentiated; use effort='exact'"
         )
     graph.latents = latents
     return graph

@@ -16,12 +16,13 @@ from .latents import (
     RecordedCall,
     find_denoisers,
     make_conditions,
+    only_one,
     preserved,
     record_call,
     steps_argument,
 )
 from .operators import find_operators, steps_argument_if_any
-from .plan import SEVERAL, Modification, PlanError, PruningPlan, is_inside
+from .plan import SEVERAL, PlanError, PruningPlan, is_inside
 from .profiling import count_macs, peak_memory
 from .scores import CRITERIA, OperatorScore, OperatorScores, check_criterion
 from .scoring import check_joint, is_free, measure_damage, process, score_operators
@@ -37,12 +38,6 @@ SCORING_ONLY = ("criterion", "pooled", "calibration", *OPERATORS_ONLY)
 """Arguments of `score` that concern neither the conditions nor the pipeline's call."""
 
 
-def _modifications(rows: Sequence[OperatorScore], criterion: str) -> tuple[Modification, ...]:
-    return tuple(
-        Modification(r.path, r.kind, r.stand_in, r.params_removed, r.macs_removed, r.score(criterion)) for r in rows
-    )
-
-
 def plan_from(rows: list[OperatorScore], scores: OperatorScores, params_before: int, **how: Any) -> PruningPlan:
     """A plan that applies the chosen rows. It goes into published configs, so it counts the conditions but does not quote them."""
     settings = {**scores.settings, "conditions": len(scores.settings.get("conditions", ()))}
@@ -51,7 +46,7 @@ def plan_from(rows: list[OperatorScore], scores: OperatorScores, params_before: 
         component=scores.component,
         model_class=scores.model_class,
         architecture=scores.architecture,
-        modifications=_modifications(rows, scores.criterion),
+        modifications=tuple(row.modification(scores.criterion) for row in rows),
         params_before=params_before,
         how={"criterion": scores.criterion, "settings": settings, **how},
     )
@@ -194,7 +189,7 @@ def make_plan(
     plan = plan_from(sorted(rows, key=lambda row: order[row.path]), scores, count_params(model), method=goal.method)
     if goal.rounds > 1:
         plan.how["rounds"] = goal.rounds
-    elif (sure := agreement(scores, lambda half: _choose(half, goal, total))) is not None:
+    elif (sure := _agreement(scores, goal, total)) is not None:
         plan.how["agreement"] = round(sure, 4)
     if goal.unit == "operators":
         plan.how["k"] = k
@@ -202,6 +197,14 @@ def make_plan(
         saved = sum(SAVINGS[goal.unit](row) for row in rows)
         plan.how.update(budget={goal.unit: goal.amount}, predicted={goal.unit: saved / total})
     return plan
+
+
+def _agreement(scores: OperatorScores, goal: Goal, total: float) -> float | None:
+    """How sure the choice is; None where there are no halves, or one of them has fewer rows that can be used than the goal needs."""
+    try:
+        return agreement(scores, lambda half: _choose(half, goal, total))
+    except ValueError:
+        return None
 
 
 def _next_round(
@@ -214,7 +217,7 @@ def _next_round(
     score_kwargs: Mapping[str, Any],
 ) -> list[OperatorScore]:
     """Score again given what the rounds before took, and choose."""
-    given = _modifications(rows, scores.criterion)
+    given = [row.modification(scores.criterion) for row in rows]
     how = {**score_kwargs, "component": scores.component, "criterion": scores.criterion}
     if how.get("resume_from") is not None:
         path = Path(how["resume_from"])
@@ -329,12 +332,8 @@ def _fits(pipe: DiffusionPipeline, scores: OperatorScores) -> bool:
 
 def _check_several(goal: Goal, component: str) -> None:
     """Raise ValueError for a goal that is measured in the calls of one component, where several are to be pruned together."""
-    if SEVERAL in component and (goal.unit != "operators" or goal.rounds > 1):
-        names = component.split(SEVERAL)
-        raise ValueError(
-            f"prune: {' and '.join(names)} denoise together; by a budget or in rounds they are pruned one at a time: name one, "
-            f"component={names[0]!r}, or say how many operators to take out of all"
-        )
+    if goal.unit != "operators" or goal.rounds > 1:
+        only_one(component.split(SEVERAL), "prune by a budget or in rounds")
 
 
 def _check_reachable(pipe: DiffusionPipeline, k: int, names: Sequence[str], score_kwargs: dict[str, Any]) -> None:

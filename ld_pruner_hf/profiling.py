@@ -6,18 +6,20 @@ import functools
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .latents import RecordedCall, calling
+from .latents import RecordedCall, calling, patched
 from .surgery import count_params
 
 
@@ -76,10 +78,51 @@ def run(model: nn.Module, call: RecordedCall) -> Any:
         return model(*args, **kwargs)
 
 
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter requires gradients: a slice of one would, under `no_grad` too, and torch's counter fails where such a
+    tensor has no graph."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad = False
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad = True
+
+
+def _apart(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """Flex attention outside of the modes around it: torch does not compile it inside of a counter."""
+
+    def attended(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return attend(*args, **kwargs)
+
+    return attended
+
+
+def _counted(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, and counted as attention without a mask."""
+
+    def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nn.functional.scaled_dot_product_attention(query.to("meta"), key.to("meta"), value.to("meta"), enable_gqa=True)
+        return _apart(attend)(query, key, value, *args, **kwargs)
+
+    return attended
+
+
+@contextmanager
+def _counter() -> Iterator[FlopCounterMode]:
+    """Inside, operations are counted."""
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with patched(flex_attention, "flex_attention", _counted), counter:
+        yield counter
+
+
 def count_macs(model: nn.Module, call: RecordedCall) -> tuple[dict[str, int], dict[str, int]]:
     """MACs for one sample by module path ("" is the model itself): (all, convolutions and linear layers alone)."""
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), _frozen(model), _counter() as counter:
         run(model, call)
     batch = call.batch_size
     root = type(model).__name__
@@ -97,8 +140,7 @@ def count_macs(model: nn.Module, call: RecordedCall) -> tuple[dict[str, int], di
 
 def count_call_macs(fn: Callable[[], Any]) -> int:
     """MACs of everything that `fn()` runs."""
-    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), _counter() as counter:
         fn()
     return counter.get_total_flops() // 2
 
@@ -155,7 +197,8 @@ def peak_memory_of(fn: Callable[[], Any], models: Iterable[nn.Module], given: It
     models = list(models)
     own = _weights(models)
     device = own[0].device if own else torch.device("cpu")
-    with torch.no_grad(), _LiveTensors([*own, *given], device) as tensors:
+    apart = patched(flex_attention, "flex_attention", _apart)
+    with torch.no_grad(), apart, _LiveTensors([*own, *given], device) as tensors:
         fn()
     return weights_memory(models) + tensors.peak
 

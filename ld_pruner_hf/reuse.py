@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .latents import patched
+from .plan import is_inside
 from .profiling import device_of, peak_memory_of, synchronize
 
 MEMORY_SHARE = 0.12
@@ -66,7 +67,8 @@ class FirstStep:
         self.model, self.calls = model, list[_Kept]()
         budget = MEMORY_SHARE * peak_memory_of(runs[0], [model])
         self.spans = trace(model, runs[0])
-        keep = _worth_keeping(self.spans, Counter(operators), budget / len(runs))
+        own = [path for path, module in model.named_modules() if _has_own_processor(module)]
+        keep = _worth_keeping(self.spans, Counter(operators), budget / len(runs), own)
         if keep:
             for run in runs:
                 self._record(run, keep)
@@ -201,12 +203,21 @@ def ended_before(spans: dict[str, Span], operators: Sequence[str]) -> list[str]:
     return [s.path for s in spans.values() if s.path and s.parent in around and s.end < start]
 
 
-def _worth_keeping(spans: dict[str, Span], operators: Counter[str], budget: float) -> set[str]:
-    """The modules whose outputs save the most time for their bytes, as many as the budget allows."""
+def _has_own_processor(module: nn.Module) -> bool:
+    """Has the pipeline given this attention a processor of its own? It may be there for what it notes, as in pix2pix-zero."""
+    processor = getattr(module, "processor", None)
+    return processor is not None and ".pipelines." in type(processor).__module__
+
+
+def _worth_keeping(
+    spans: dict[str, Span], operators: Counter[str], budget: float, never: Sequence[str] = ()
+) -> set[str]:
+    """The modules whose outputs save the most time for their bytes, as many as the budget allows; none with one of `never` inside."""
     saved: Counter[str] = Counter()
     for operator, times in operators.items():
         for path in ended_before(spans, [operator]):
-            saved[path] += times
+            if not any(path == p or is_inside(p, path) for p in never):
+                saved[path] += times
     worth = {path: times * spans[path].seconds / max(1, spans[path].size) for path, times in saved.items()}
     chosen = set()
     for path in sorted(worth, key=lambda p: -worth[p]):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .plan import FORMAT_VERSION, PlanError, StandInSpec, check_format, read_json, write_atomically
+from .plan import FORMAT_VERSION, Modification, PlanError, StandInSpec, check_format, read_json, write_atomically
 
 SCORES_FORMAT = "ld_pruner_hf.scores"
 DOCUMENT_FORMAT = "ld_pruner_hf.scores_document"
@@ -123,6 +123,12 @@ class OperatorScore:
             return getattr(self, MEASURED_ALONE[criterion])
         combine = LATENT_SHIFT[criterion]
         return math.fsum(combine(a, s) for a, s in zip(self.avg_dist, self.std_dist, strict=True))
+
+    def modification(self, criterion: str = "latent-shift") -> Modification:
+        """What a plan says of replacing this operator; its score is by that criterion, ValueError as for `score`."""
+        return Modification(
+            self.path, self.kind, self.stand_in, self.params_removed, self.macs_removed, self.score(criterion)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         data = {k: getattr(self, k) for k in self.__dataclass_fields__}

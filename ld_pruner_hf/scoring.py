@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from .batching import quickest_batch_size
+from .batching import quickest_way
 from .criteria import block_influence, magnitude, output_error, random_scores, taylor
 from .effort import EFFORTS, ROWS_IN_A_CALL, Budget, estimate_moves
 from .latents import (
@@ -37,6 +37,7 @@ from .latents import (
     preserved,
     record_call,
     run_to_latents,
+    schedulers_of,
     steps_argument,
 )
 from .linear import backward_memory
@@ -222,7 +223,8 @@ def score_operators(
         standins: "all" or "paper", as in `find_operators`.
         seed: the first seed.
         batch_size: latents per pipeline call, where the pipeline can batch them (guidance doubles it inside); None finds the
-            quickest by trial. Scores depend on it no further than rounding goes.
+            quickest by trial, and whether the denoiser is quicker with its weights channels last. Scores depend on it no further than
+            rounding goes.
         calibration: how many inputs of the denoiser (a latent at a step) output-error, block-influence and taylor look at;
             they are spread over conditions and steps of the original runs.
         effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 50th and a 600th of its
@@ -262,18 +264,19 @@ def score_operators(
     quiet = bool(getattr(pipe, "_progress_bar_config", {}).get("disable", False))
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
-    with preserved(pipe):
+    with preserved(pipe), ExitStack() as stack:
         component = find_denoiser(pipe, component, **conditions[0])
         model: nn.Module = getattr(pipe, component)
         check_replaceable(model)
         check_filters(model, include, exclude, kinds)
+        schedulers = [{"class": type(s).__name__, **_plain(s.config)} for s in schedulers_of(pipe)]
         settings: dict[str, Any] = {
             "conditions": [{k: _digest(v) for k, v in c.items()} for c in conditions],
             "seeds": list(range(seed, seed + seeds)),
             "pooled": pooled,
             "standins": standins,
             "batch_size": batch_size,
-            "scheduler": {"class": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
+            "scheduler": schedulers[0] if len(schedulers) == 1 else schedulers,
             "dtype": str(getattr(model, "dtype", "")),
             "device": str(getattr(model, "device", "")),
             **({"given": {m.path: m.stand_in.name for m in given}} if given else {}),
@@ -296,8 +299,8 @@ def score_operators(
             raise ValueError(
                 f"none of {len(operators)} selected modules can be replaced; see find_operators for the reasons"
             )
-        batch_size = batch_size or quickest_batch_size(pipe, conditions, settings["seeds"], quiet)
-        run_of = {"conditions": conditions, "seeds": settings["seeds"], "batch_size": batch_size}
+        at_once = stack.enter_context(quickest_way(pipe, component, conditions, settings["seeds"], batch_size, quiet))
+        run_of = {"conditions": conditions, "seeds": settings["seeds"], "batch_size": at_once}
 
         if on_cost is not None:
             on_cost(_cost(pipe, component, todo, run_of, criterion, effort, calibration))
@@ -619,11 +622,12 @@ def damage_meter(
     check_joint(criterion)
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
-    with preserved(pipe):
+    with preserved(pipe), ExitStack() as stack:
         component = find_denoiser(pipe, component, **conditions[0])
         model: nn.Module = getattr(pipe, component)
-        batch_size = batch_size or quickest_batch_size(pipe, conditions, range(seed, seed + seeds), quiet=True)
-        run_of = {"conditions": conditions, "seeds": range(seed, seed + seeds), "batch_size": batch_size}
+        drawn = range(seed, seed + seeds)
+        at_once = stack.enter_context(quickest_way(pipe, component, conditions, drawn, batch_size, quiet=True))
+        run_of = {"conditions": conditions, "seeds": drawn, "batch_size": at_once}
         if criterion == "output-error":
             moments = calibration_set(pipe, component, **run_of, size=calibration)
         else:

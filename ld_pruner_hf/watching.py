@@ -132,14 +132,19 @@ class _Additions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in self._ADD or func in self._SCALE or func in self._MOVE:
-            keys = [self._key(a) for a in args if isinstance(a, torch.Tensor)]
-            paths = {p for key in keys if key not in self.consumed for p in self.producers.get(key, ())}
-            if func not in self._ADD:
-                self.producers[self._key(result)] = paths
-            elif len(keys) > 1:
-                for path in paths:
-                    self.on_added(path)
+            try:
+                self._follow(func, [self._key(a) for a in args if isinstance(a, torch.Tensor)], result)
+            except NotImplementedError:  # inside torch.vmap, tensors have no storage
+                pass
         return result
+
+    def _follow(self, func: Any, keys: Sequence[int], result: Any) -> None:
+        paths = {p for key in keys if key not in self.consumed for p in self.producers.get(key, ())}
+        if func not in self._ADD:
+            self.producers[self._key(result)] = paths
+        elif len(keys) > 1:
+            for path in paths:
+                self.on_added(path)
 
 
 def _closest(leaves: list[_Leaf], output: torch.Tensor) -> _Leaf:

@@ -5,7 +5,7 @@ Prompts go in as embeddings where the pipeline allows it: the text encoder is no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers as d
@@ -36,6 +36,8 @@ SEVERAL = {
     "wan_2_2": ("transformer", "transformer_2"),
     "kandinsky_combined": ("unet", "prior_prior"),
     "cascade_combined": ("decoder", "prior_prior"),
+    "ideogram4": ("transformer", "unconditional_transformer"),
+    "unclip": ("prior", "decoder", "super_res_first", "super_res_last"),
 }
 """Families with more than one denoiser."""
 
@@ -65,8 +67,8 @@ def wake(pipe: Any) -> None:
     """Give the parameters that start as zeros (gates, last layers) values, or nothing behind them would reach the output."""
     generator = torch.Generator().manual_seed(1)
     for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module) and name.startswith(
-            ("unet", "transformer", "prior", "decoder", "control")
+        if isinstance(part, torch.nn.Module) and any(
+            word in name for word in ("unet", "transformer", "prior", "decoder", "control")
         ):
             for p in part.parameters():
                 if not p.detach().any():
@@ -98,13 +100,13 @@ def mask(size: int = 16) -> Image.Image:
     return image
 
 
-def autoencoder(latent_channels: int = 4, **changes: Any) -> d.AutoencoderKL:
+def autoencoder(latent_channels: int = 4, widths: Sequence[int] = (16, 32), **changes: Any) -> d.AutoencoderKL:
     return d.AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
         latent_channels=latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=widths[0] // 2,
         sample_size=16,
         **{"shift_factor": 0.0, "scaling_factor": 1.0, **changes},
     )
@@ -127,8 +129,8 @@ def text_with_projection() -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
     return CLIPTextModelWithProjection(text), tokenizer
 
 
-def t5() -> T5EncoderModel:
-    return T5EncoderModel(T5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+def t5(vocab_size: int = 16) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=vocab_size, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
 
 
 def gpt2() -> GPT2LMHeadModel:

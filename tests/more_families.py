@@ -503,22 +503,26 @@ def ldm_text_to_image() -> Built:
     return pipe, {"prompt": "red heart", "height": 64, "width": 64}
 
 
+def qwen2_5_vl(tokenizer: Any) -> Qwen2_5_VLForConditionalGeneration:
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(f"<|{k}_pad|>") for k in ("image", "video")}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+
+
 @further
 def longcat_image() -> Built:
     transformer = d.LongCatImageTransformer2DModel(
         in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8],
     )  # fmt: skip
-    text = {
-        "vocab_size": len(tiny.tokenizer()), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
-    }  # fmt: skip
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
     pipe = assemble(
         d.LongCatImagePipeline, transformer=transformer, scheduler=flow(), vae=autoencoder(16),
-        text_encoder=text_encoder, tokenizer=tiny.tokenizer(),
+        text_encoder=qwen2_5_vl(tiny.tokenizer()), tokenizer=tiny.tokenizer(),
     )  # fmt: skip
     return pipe, {"prompt": "red heart", "enable_prompt_rewrite": False, **SIZE}
 

@@ -21,9 +21,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import deprecated_families  # noqa: F401
 import diffusers
 import families
 import more_families  # noqa: F401
+import recent_families  # noqa: F401
 import torch
 import variant_families  # noqa: F401
 import video_families  # noqa: F401
@@ -45,23 +47,32 @@ SECONDS = 60
 """Of CPU time for one pipeline, then it is given up."""
 SLOW = "even the tiny one takes more than a minute"
 UNLOADED, UNTRIED = "was not loaded again yet", "not tried yet"
+BLIP = "fails in diffusers itself: its Q-Former calls `get_head_mask`, which transformers 5 does not have"
+INVERT = "its call needs what its `invert` left in the pipeline, which is not saved"
+TOKENS = "denoises tokens with a language model of transformers; plans are kept in the configs of diffusers' models"
+XS = "prunes and runs, but unpruned, too, diffusers loads it with other outputs"
 REASONS = {
+    "BlipDiffusionControlNetPipeline": BLIP,
+    "BlipDiffusionPipeline": BLIP,
+    "Cosmos2_5_TransferPipeline": "its ControlNet needs torchvision, which is not installed here",
+    "DiffusionGemmaPipeline": TOKENS,
     "EasyAnimateControlPipeline": "fails in diffusers itself: its `encode_prompt` does not take `text_encoder_index`",
-    "EasyAnimateInpaintPipeline": "fails in diffusers itself: it reads `vae.config.cache_mag_vae`, which does not exist",
     "KarrasVePipeline": "prunes and runs, but diffusers cannot load the scheduler that it saves",
-    "ChromaInpaintPipeline": "fails in diffusers itself: it reads `transformer.config.guidance_embeds`, which does not exist",
-    "LEditsPPPipelineStableDiffusion": "needs a call of its `invert` before",
-    "LEditsPPPipelineStableDiffusionXL": "needs a call of its `invert` before",
+    "LEditsPPPipelineStableDiffusion": INVERT,
+    "LEditsPPPipelineStableDiffusionXL": INVERT,
+    "LLaDA2Pipeline": TOKENS,
+    "LTX2DFRTemporalRefinePipeline": "needs the `latents` of a pass before, and scoring sets the noise itself",
+    "LTX2VideoDiffusionDecodePipeline": "denoises inside of `diffusion_decoder.decode`, without a step of its scheduler",
     "OmniGenPipeline": "its processor needs torchvision, which is not installed here",
-    "ScoreSdeVePipeline": "its scheduler has no `step`, but a predictor and a corrector",
-    "StableDiffusionControlNetXSPipeline": "prunes and runs, but unpruned, too, diffusers loads it with other outputs",
-    "StableDiffusionXLControlNetXSPipeline": "prunes and runs, but unpruned, too, diffusers loads it with other outputs",
-    "StableDiffusionParadigmsPipeline": "needs a scheduler that steps in parallel, no tiny one here",
-    "TextToVideoZeroPipeline": "makes its motion between steps 44 and 47, and two are run here",
-    "TextToVideoZeroSDXLPipeline": "makes its motion between steps 44 and 47, and two are run here",
+    "SpectrogramDiffusionPipeline": "needs note_seq, which brings 23 further packages (IPython, Bokeh), not installed here",
+    "StableDiffusionControlNetXSPipeline": XS,
     "StableDiffusionOnnxPipeline": "runs in ONNX Runtime, so it has no torch modules",
-    "UnCLIPImageVariationPipeline": "has no `scheduler`, but one for each of its stages",
-    "UnCLIPPipeline": "has no `scheduler`, but one for each of its stages",
+    "StableDiffusionXLControlNetXSPipeline": XS,
+    "VersatileDiffusionDualGuidedPipeline": (
+        "fails in diffusers itself: `DualTransformer2DModel.forward` does not take `encoder_attention_mask`"
+    ),
+    "VersatileDiffusionPipeline": "has no call of its own: each of its methods makes one of the three other pipelines",
+    "VersatileDiffusionTextToImagePipeline": (f"{XS}: its constructor swaps blocks of its two U-Nets, each time anew"),
 }
 """What is known about classes that do not run."""
 PACKAGES = {"opencv": "cv2"}

@@ -204,6 +204,7 @@ def test_table_csv_and_figures(results, tmp_path):
         ({"goals": (1.2,)}, "goals: got 1.2"),
         ({"goals": (), "ways": ("random:ratio",)}, "nothing to compare"),
         ({"test_seeds": 1}, "test_seeds: got 1"),
+        ({"calibrations": 0}, "calibrations: got 0"),
     ],
 )
 def test_settings_that_make_no_sense(changes, message):

@@ -15,6 +15,8 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import deprecated_families  # noqa: F401
+import families
 import numpy as np
 import pytest
 import tiny
@@ -31,6 +33,7 @@ RECIPES = sorted((TRAINING / "recipes").glob("distill_*.yaml"))
 sys.path.insert(0, str(TRAINING))
 
 import distill  # noqa: E402
+import models  # noqa: E402
 import options  # noqa: E402
 
 import ld_pruner_hf  # noqa: E402
@@ -649,6 +652,11 @@ def test_students_of_another_teacher_are_refused(folder, run):
         run(student=("--student", "ddpm"))
     with pytest.raises(ValueError, match="was made for"):
         run(student=("--plan", "ddpm.json"))
+
+
+def test_pipelines_with_a_scheduler_for_each_stage_are_refused():
+    with pytest.raises(ValueError, match=r"UnCLIPPipeline has 3 schedulers.*expected one"):
+        models.noise_process(families.make("unclip")[0], SimpleNamespace(prediction_type=None))
 
 
 def test_wrong_columns_and_taps_are_named(folder, run, tmp_path):

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import deprecated_families  # noqa: F401
+import families
 import numpy as np
 import pytest
 import tiny
@@ -31,6 +33,7 @@ from ld_pruner_hf.evaluation import (
     time_pipelines,
 )
 from ld_pruner_hf.evaluation.generation import find_sample_rate, kind_of, spectrograms_to_sounds, wav_bytes
+from ld_pruner_hf.evaluation.run import prepare
 from ld_pruner_hf.evaluation.speed import macs_per_image, one_sample
 
 STEPS = {"num_inference_steps": 2}
@@ -470,6 +473,12 @@ def test_protocols_are_settings(tmp_path, capsys, saved):
     assert coco["call"] == {"guidance_scale": 7.5}
     (tmp_path / "p.yaml").write_text("n: 3\ncolour: red\n")
     assert run_cli(capsys, "evaluate", saved[0], "--protocol", tmp_path / "p.yaml")[0] == 2
+
+
+def test_another_scheduler_for_a_pipeline_with_several_is_refused(monkeypatch):
+    monkeypatch.setattr("ld_pruner_hf.evaluation.run.load_pipeline", lambda *_: families.make("unclip")[0])
+    with pytest.raises(ValueError, match="unclip has several, UnCLIPScheduler"):
+        prepare("unclip", EvaluationSettings(scheduler="DDIMScheduler"))
 
 
 def test_a_damaged_result_is_refused(tmp_path):

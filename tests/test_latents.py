@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import random
 
+import deprecated_families  # noqa: F401
 import families
 import numpy as np
 import pytest
+import recent_families  # noqa: F401
 import tiny
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, LTXLatentUpsamplePipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, LTXLatentUpsamplePipeline, StableDiffusionPAGPipeline
 
 from ld_pruner_hf.latents import (
     default_prompts,
     final_latents,
     find_denoiser,
+    find_denoisers,
     make_conditions,
     make_jobs,
+    on_device,
     preserved,
     record_call,
     steps_argument,
@@ -274,6 +278,77 @@ def test_stopping_after_some_steps(pipe):
     assert len(calls) == 2
 
 
+class Together(Unusual):
+    """Denoises twice as much, in two parts, with a copy of its scheduler for the second one."""
+
+    @torch.no_grad()
+    def __call__(self, generator=None):
+        self.scheduler.set_timesteps(2)
+        other = copy.deepcopy(self.scheduler)
+        self.parts = [torch.randn(1, 3, 8, 8, generator=generator) for _ in range(2)]
+        for t in self.scheduler.timesteps:
+            for i, scheduler in enumerate((self.scheduler, other)):
+                self.parts[i] = scheduler.step(self.net(self.parts[i], t).sample, t, self.parts[i]).prev_sample
+
+
+def test_what_schedulers_denoise_in_turns_belongs_together():
+    """Pictures and sound; an operator that only one of them passes would seem to be of no use, if the other alone were compared."""
+    base = unusual()
+    pipe = tiny.quiet(Together(base.net, base.guide, base.scheduler))
+    with preserved(pipe):
+        latents = final_latents(pipe, {}, [0])
+        assert torch.equal(latents, torch.cat([part.flatten(1) for part in pipe.parts], dim=1))
+        assert final_latents(pipe, {}, [0], stop_after=1).shape == (1, 3, 8, 8)
+
+
+class Unstepped(Unusual):
+    """Uses its scheduler for the timesteps only."""
+
+    @torch.no_grad()
+    def __call__(self, generator=None):
+        self.scheduler.set_timesteps(2)
+        x = torch.randn(1, 3, 8, 8, generator=generator)
+        for t in self.scheduler.timesteps:
+            x = x - 0.5 * self.net(x, t).sample
+        self.guide(torch.ones(1, 2))
+
+
+def test_where_no_scheduler_steps_the_last_prediction_is_compared():
+    base = unusual()
+    pipe = tiny.quiet(Unstepped(base.net, base.guide, base.scheduler))
+    outputs = []
+    handle = pipe.net.register_forward_hook(lambda *a: outputs.append(a[-1].sample))
+    with preserved(pipe):
+        latents = final_latents(pipe, {}, [0])
+    handle.remove()
+    assert len(outputs) == 2 and torch.equal(latents, outputs[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("unclip", ["prior", "decoder", "super_res_first", "super_res_last"]),
+        ("unclip_image_variation", ["decoder", "super_res_first", "super_res_last"]),
+    ],
+)
+def test_pipelines_with_a_scheduler_for_each_stage(name, expected):
+    pipe, call = families.make(name)
+    with preserved(pipe):
+        assert sorted(find_denoisers(pipe, **call)) == sorted(expected)
+        assert final_latents(pipe, call, [0]).shape == (1, 3, 16, 16), "of the last stage"
+
+
+def test_a_renderer_never_runs(monkeypatch):
+    pipe, call = families.make("shap_e")
+
+    def fail(*_, **__):
+        raise AssertionError("rendered")
+
+    monkeypatch.setattr(pipe.shap_e_renderer, "decode_to_image", fail)
+    with preserved(pipe):
+        assert final_latents(pipe, {**call, "num_inference_steps": 2}, [0]).shape == (1, 32, 16)
+
+
 def test_a_pipeline_that_makes_no_step(pipe, monkeypatch):
     monkeypatch.setattr(type(pipe), "__call__", lambda self, prompt=None: None)
     with pytest.raises(RuntimeError, match="finished without a step of its scheduler DDIMScheduler"):
@@ -287,6 +362,24 @@ def test_the_scheduler_class_is_whole_again(pipe):
         with pytest.raises(TypeError):
             final_latents(pipe, {"prompt": "pizza", "num_inference_steps": "x"}, [0])
     assert DDIMScheduler.step is step
+
+
+def test_a_pipeline_looks_once_for_its_device(pipe, monkeypatch):
+    """It goes through all modules for it; another pipeline of the class is not told this one's."""
+    other, asked = copy.copy(pipe), []
+
+    def device(self) -> torch.device:
+        asked.append(self)
+        return torch.device("cpu" if self is pipe else "meta")
+
+    monkeypatch.setattr(type(pipe), "_execution_device", property(device))
+    with on_device(pipe, torch.device("cpu")):
+        assert (pipe._execution_device.type, other._execution_device.type) == ("cpu", "meta")
+    assert len(asked) == 1
+    with preserved(pipe):
+        final_latents(pipe, {"prompt": "a cat", "num_inference_steps": 2}, [0])
+    assert len(asked) == 2, "the pipeline asks more than once in a call"
+    assert pipe._execution_device.type == "cpu" and len(asked) == 3
 
 
 # ---- no trace ------------------------------------------------------------------------------------------------------
@@ -309,6 +402,16 @@ def test_preserved_puts_everything_back(pipe, error):
                 raise error
     except (RuntimeError, KeyboardInterrupt):
         pass
+    assert tiny.differences(before, tiny.snapshot(pipe)) == []
+
+
+def test_attention_processors_are_put_back():
+    """Perturbed-attention guidance sets its own, and would put the old ones back after decoding."""
+    pipe = StableDiffusionPAGPipeline.from_pipe(tiny.stable_diffusion(), pag_applied_layers=["mid"])
+    before = tiny.snapshot(pipe)
+    with preserved(pipe):
+        final_latents(pipe, {"prompt": "pizza", "num_inference_steps": 2}, [0])
+        assert [k for k in tiny.differences(before, tiny.snapshot(pipe)) if k.endswith("processor")]
     assert tiny.differences(before, tiny.snapshot(pipe)) == []
 
 

@@ -7,6 +7,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import flex_attention
 
 from ld_pruner_hf import Profile, profile
 from ld_pruner_hf.latents import RecordedCall
@@ -58,6 +59,36 @@ def test_attention_counts_in_the_total_alone(device):
     assert conv_linear[""] == projections
     assert total[""] == projections + attention
     assert total["q"] == 5 * 8 * 8 and total["k"] == 3 * 6 * 8
+
+
+class FlexAttend(nn.Module):
+    def forward(self, q, k, v):
+        return flex_attention.flex_attention(q, k, v)
+
+
+def test_flex_attention_is_counted_and_measured():
+    q, k = torch.randn(1, 2, 16, 16), torch.randn(1, 2, 32, 16)
+    total, conv_linear = macs(FlexAttend(), q, k, k)
+    assert total[""] == 2 * 2 * 16 * 32 * 16 and conv_linear[""] == 0
+    assert peak_memory(FlexAttend(), RecordedCall((q, k, k), {})) >= 0
+
+
+class Slices(nn.Module):
+    """Gives a layer part of a parameter: such a slice requires gradients under `no_grad`, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.layer = nn.Parameter(torch.randn(8, 4)), nn.Linear(4, 3, bias=False)
+
+    def forward(self, x):
+        return self.layer(self.queries[:5]) + x
+
+
+def test_slices_of_parameters():
+    model = Slices()
+    model.layer.requires_grad_(False)
+    assert macs(model, torch.zeros(1, 3))[0][""] == 5 * 4 * 3
+    assert model.queries.requires_grad and not model.layer.weight.requires_grad
 
 
 def test_cpu_and_meta_agree_on_a_unet(unet):

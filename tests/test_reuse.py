@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import deprecated_families  # noqa: F401
+import families
 import pytest
 import tiny
 import torch
@@ -122,6 +124,13 @@ def test_calls_that_record_gradients_are_computed(everything_kept):
         assert torch.equal(model(x), plain)
         with torch.no_grad():
             assert not torch.equal(model(x), plain)
+
+
+def test_attentions_whose_processor_the_pipeline_sets_run_each_time(everything_kept):
+    """pix2pix-zero's notes the attention maps of each step, and asks for them later."""
+    pipe, call = families.make("pix2pix_zero")
+    scores = pipe.score(conditions=[call], num_inference_steps=2, seeds=1, kinds="Upsample2D")
+    assert len(scores) and [row.error for row in scores] == [None] * len(scores)
 
 
 def test_spans_of_one_call():

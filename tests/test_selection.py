@@ -13,6 +13,7 @@ from test_scores import row, scores
 
 from ld_pruner_hf import agreement, top_k
 from ld_pruner_hf.plan import is_inside
+from ld_pruner_hf.planning import Goal, _agreement
 from ld_pruner_hf.selection import check_k, competing, innermost, least_important
 
 
@@ -51,6 +52,16 @@ def test_agreement_of_two_halves_of_the_conditions():
     assert agreement(table(a=1, b=2), partial(top_k, k=1)) is None, "one value each: conditions pooled, or one alone"
     alone = replace(s, rows=tuple(replace(r, random=1.0) for r in s), criterion="random")
     assert agreement(alone, partial(top_k, k=1)) is None
+
+
+def test_a_half_that_cannot_reach_the_goal_by_itself_leaves_the_agreement_open():
+    rows = row("x", (1.0, 3.0), (0.0, 0.0)), row("x.a", (5.0, 1.0), (0.0, 0.0))
+    s = scores(replace(rows[0], params_removed=10), replace(rows[1], params_removed=4))
+    assert paths(least_important(s, "params", 8)) == ["x"]
+    with pytest.raises(ValueError, match="cannot be saved"):
+        agreement(s, lambda half: least_important(half, "params", 8))
+    assert _agreement(s, Goal("params", 0.8, "top-k"), 10) is None
+    assert _agreement(s, Goal("params", 0.4, "top-k"), 10) == 0
 
 
 def test_innermost_and_the_head_that_competes():

@@ -195,6 +195,7 @@ def snapshot(pipe: Any) -> dict[str, Any]:
         for path, module in model.named_modules(remove_duplicate=False):
             where = f"{component}.{path}"
             state[where] = (id(module), type(module), module.training, sorted(vars(module)))
+            state[f"{where} processor"] = id(getattr(module, "processor", None))
             state[f"{where} hooks"] = [list(v) for k, v in sorted(vars(module).items()) if k.endswith("_hooks")]
         for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
             state[f"{component}.{path} tensor"] = (id(tensor), tensor.requires_grad, tensor.grad is None)

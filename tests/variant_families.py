@@ -328,11 +328,11 @@ def repaint() -> Built:
 # ---- transformers with more input channels, or with guidance ---------------------------------------------------------
 
 
-def flux_with(kind: Any, call: dict[str, Any], in_channels: int) -> Built:
+def flux_with(kind: Any, call: dict[str, Any], in_channels: int, joint_attention_dim: int = 32) -> Built:
     transformer = d.FluxTransformer2DModel(
         patch_size=1, in_channels=in_channels, out_channels=4, num_layers=1, num_single_layers=1,
-        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
-        axes_dims_rope=[4, 4, 8],
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=joint_attention_dim,
+        pooled_projection_dim=32, axes_dims_rope=[4, 4, 8],
     )  # fmt: skip
     return with_component("flux", kind, call, transformer=transformer)
 
@@ -628,3 +628,24 @@ def alt_diffusion_img2img() -> Built:
 def bria_fibo_edit() -> Built:
     call = {"prompt": '{"edit_instruction": "red heart"}', "image": picture(32), "_auto_resize": False}
     return with_component("bria_fibo", d.BriaFiboEditPipeline, call)
+
+
+@further
+def chroma_inpaint() -> Built:
+    """It asks for an entry of the config that the class does not have, but checkpoints may."""
+    call = {"image": picture(), "mask_image": mask(), "strength": 1.0}
+    pipe, call = with_component("chroma", d.ChromaInpaintPipeline, call)
+    pipe.transformer.register_to_config(guidance_embeds=False)
+    return pipe, call
+
+
+@further
+def easyanimate_inpaint() -> Built:
+    """As `chroma_inpaint`."""
+    transformer = d.EasyAnimateTransformer3DModel.from_config(
+        {**families.MORE["easyanimate"]()[0].transformer.config, "in_channels": 9}
+    )
+    call = {"video": torch.rand(1, 3, 5, 16, 16), "mask_video": torch.ones(1, 1, 5, 16, 16), "strength": 1.0}
+    pipe, call = with_component("easyanimate", d.EasyAnimateInpaintPipeline, call, transformer=transformer)
+    pipe.vae.register_to_config(cache_mag_vae=True)
+    return pipe, call

@@ -354,3 +354,135 @@ def cosmos2_video_to_world() -> Built:
 def cosmos2_5_predict() -> Built:
     vae, scheduler = wan_vae(), families.wan()[0].scheduler
     return cosmos_with(d.Cosmos2_5_PredictBasePipeline, 17, vae, scheduler, num_frames=5)
+
+
+@further
+def anyflow_far() -> Built:
+    transformer = d.AnyFlowFARTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+        chunk_partition=(1, 1), full_chunk_limit=2,
+    )  # fmt: skip
+    parts = {"transformer": transformer, "scheduler": d.FlowMapEulerDiscreteScheduler()}
+    call = {"negative_prompt_embeds": None, "height": 32, "width": 32}
+    return with_component("wan", d.AnyFlowFARPipeline, call, **parts)
+
+
+def helios_with(kind: Any, scheduler: Any, **call: Any) -> Built:
+    transformer = d.HeliosTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=32, freq_dim=16, ffn_dim=32, num_layers=2,
+        rope_dim=(4, 4, 4),
+    )  # fmt: skip
+    call |= {"num_latent_frames_per_chunk": 2, "height": 32, "width": 32}
+    return with_component("wan", kind, call, transformer=transformer, scheduler=scheduler)
+
+
+@further
+def helios() -> Built:
+    scheduler = d.HeliosScheduler(stages=1, stage_range=[0, 1], use_dynamic_shifting=True)
+    return helios_with(d.HeliosPipeline, scheduler)
+
+
+@further
+def helios_pyramid() -> Built:
+    scheduler = d.HeliosScheduler(stages=2, stage_range=[0, 1 / 2, 1], gamma=0.3, use_dynamic_shifting=True)
+    return helios_with(d.HeliosPyramidPipeline, scheduler, pyramid_num_inference_steps_list=[2, 2])
+
+
+def kandinsky6_transformer() -> d.Kandinsky6Transformer3DModel:
+    return d.Kandinsky6Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=40, in_text_dim=16, in_text_dim2=16, time_dim=16, model_dim=16, ff_dim=32,
+        num_text_blocks=1, num_visual_blocks=2, axes_dims=(2, 2, 4), in_audio_dim=4, out_audio_dim=40,
+    )  # fmt: skip
+
+
+@further
+def kandinsky6() -> Built:
+    parts = {
+        "transformer": kandinsky6_transformer(), "scheduler": d.PiflowScheduler(num_policy_substeps=4),
+        "vae": families.hunyuan_video()[0].vae,
+        "audio_vae": d.MMAudioVAE(
+            mel_bins=16, latent_channels=4, hidden_channels=16, channel_multipliers=(1, 2), layers_per_block=1,
+            sample_rate=160, n_fft=16, hop_length=4,
+        ),
+        "vocoder": d.MMAudioVocoder(
+            num_mels=16, upsample_initial_channel=16, upsample_rates=(2, 2), upsample_kernel_sizes=(4, 4),
+            resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 3),),
+        ),
+    }  # fmt: skip
+    call = embeds(7, 16)
+    call |= {"pooled_prompt_embeds": noise(1, 16), "negative_pooled_prompt_embeds": noise(1, 16, seed=1)}
+    return assemble(d.Kandinsky6TI2VAPipeline, **parts), {**call, "num_frames": 5, **SIZE}
+
+
+@further
+def kandinsky6_super_resolution() -> Built:
+    transformer = d.Kandinsky6SRTransformer3DModel(
+        in_visual_dim=4, out_visual_dim=40, time_dim=16, model_dim=16, ff_dim=32, num_visual_blocks=3, axes_dims=(4, 6, 6),
+        nabla_window=(1, 1, 1), tile_sizes=((128, 128),),
+    )  # fmt: skip
+    vae = d.Kandinsky6SRVAE(
+        latent_channels=4, encoder_block_out_channels=(32,) * 5, decoder_block_out_channels=(32,) * 5,
+        layers_per_block=1,
+    )  # fmt: skip
+    upscaler = d.Kandinsky6SRLatentUpscalerBank(
+        in_channels=4, stage_channels=(32, 32, 32), num_pre_blocks=1, num_mid_blocks=1, num_post_blocks=1,
+        num_x2_adapter_blocks=1,
+    )  # fmt: skip
+    scheduler = d.PiflowScheduler(num_policy_substeps=4)
+    parts = {"transformer": transformer, "vae": vae, "scheduler": scheduler, "latent_upscaler": upscaler}
+    return assemble(d.Kandinsky6SRPipeline, **parts), {"video": [picture(64)] * 5, "resolution_scale": 2}
+
+
+def motif_video_with(kind: Any, call: dict[str, Any], **changes: Any) -> Built:
+    transformer = d.MotifVideoTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, num_layers=1, num_single_layers=1, text_embed_dim=32,
+        rope_axes_dim=(4, 4, 4), **changes,
+    )  # fmt: skip
+    parts = {"transformer": transformer, "scheduler": flow(), "guider": d.ClassifierFreeGuidance()}
+    masks = embeds(7, 32, mask="attention_mask")
+    return with_component("wan", kind, {**masks, **call}, **parts)
+
+
+@further
+def motif_video() -> Built:
+    return motif_video_with(d.MotifVideoPipeline, {})
+
+
+@further
+def motif_video_image_to_video() -> Built:
+    return motif_video_with(d.MotifVideoImage2VideoPipeline, {"prompt": None, "image": picture()})
+
+
+@further
+def ltx_long_multi_prompt() -> Built:
+    tokenizer = tiny.tokenizer()
+    parts = {"text_encoder": families.t5(vocab_size=len(tokenizer)), "tokenizer": tokenizer}
+    call = {"prompt": "red heart", "seed": None, "num_frames": 9, "temporal_tile_size": 8, "temporal_overlap": 0}
+    transformer = d.LTXVideoTransformer3DModel.from_config(
+        {**families.ltx()[0].transformer.config, "caption_channels": 16}
+    )
+    return with_component("ltx", d.LTXI2VLongMultiPromptPipeline, call, transformer=transformer, **parts)
+
+
+@further
+def sana_wm() -> Built:
+    transformer = d.SanaWMTransformer3DModel(
+        in_channels=4, num_layers=2, hidden_size=32, num_attention_heads=2, softmax_every_n=2, linear_head_dim=16,
+        chunk_plucker_channels=12, chunk_plucker_post_attn_blocks=1, caption_channels=16, mlp_ratio=2.0,
+    )  # fmt: skip
+    call = {"image": picture(32), "prompt": None, "action": "w-4", "intrinsics": [32.0, 32.0, 16.0, 16.0]}
+    call |= {"num_frames": 5, "height": 32, "width": 32}
+    return with_component("ltx2", d.SanaWMPipeline, call, transformer=transformer)
+
+
+@further
+def consisid() -> Built:
+    transformer = d.ConsisIDTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=8, out_channels=4, time_embed_dim=2,
+        text_embed_dim=32, num_layers=2, sample_width=2, sample_height=2, sample_frames=9, max_text_seq_length=16,
+        use_rotary_positional_embeddings=True, is_train_face=True, cross_attn_interval=1, cross_attn_dim_head=8,
+        cross_attn_num_heads=2, LFE_id_dim=8, LFE_vit_dim=8, LFE_depth=5, LFE_dim_head=4, LFE_num_heads=2,
+        LFE_num_id_token=2, LFE_num_querie=2, LFE_output_dim=21,
+    )  # fmt: skip
+    call = {"image": picture(), "id_cond": noise(1, 8), "id_vit_hidden": [noise(1, 2, 8)] * 5}
+    return with_component("cogvideox", d.ConsisIDPipeline, call, transformer=transformer)

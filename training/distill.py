@@ -30,6 +30,7 @@ from models import (
     freeze_unused,
     load_pipeline,
     make_student,
+    noise_process,
     save_pipeline,
     with_component,
 )
@@ -38,7 +39,7 @@ from sources import Batches, drop_conditions, make_source, noised, open_rows
 from tqdm.auto import tqdm
 from validation import log_grid, validate, wants_validation
 
-from ld_pruner_hf import DistillationLoss, FeatureTaps, NoiseProcess, find_taps
+from ld_pruner_hf import DistillationLoss, FeatureTaps, find_taps
 from ld_pruner_hf.latents import find_denoiser
 
 
@@ -127,7 +128,7 @@ class Distillation:
         self.pipe = load_pipeline(self.args.teacher, self.args).to(self.accelerator.device)
         self.component = find_denoiser(self.pipe, self.args.component)
         check_resolution(self.pipe, self.args.resolution)
-        self.process = NoiseProcess.of(self.pipe.scheduler, self.args.prediction_type)
+        self.process = noise_process(self.pipe, self.args)
         if self.args.snr_gamma:
             self.process.snr_weights(torch.tensor([0]), self.args.snr_gamma)
         self.inputs = DenoiserInputs(self.pipe, self.component, self.args.resolution)

@@ -18,12 +18,20 @@ from checkpoints import resume_point
 from data import Images, load_rows
 from distill import launch
 from inputs import DenoiserInputs, Encoder, check_resolution
-from models import add_lora, freeze, freeze_unused, load_pipeline, save_lora, save_pipeline, with_component
+from models import (
+    add_lora,
+    freeze,
+    freeze_unused,
+    load_pipeline,
+    noise_process,
+    save_lora,
+    save_pipeline,
+    with_component,
+)
 from options import add_output, add_training, check_training, new_parser, parse
 from sources import Batches, EncodedImages, noised, picture_size
 from tqdm.auto import tqdm
 
-from ld_pruner_hf import NoiseProcess
 from ld_pruner_hf.distillation import squared_error
 from ld_pruner_hf.latents import find_denoiser, preserved
 
@@ -113,7 +121,7 @@ class DreamBooth:
         pipe = load_pipeline(args.teacher, args).to(self.accelerator.device)
         self.component = find_denoiser(pipe, args.component)
         check_resolution(pipe, args.resolution)
-        self.process = NoiseProcess.of(pipe.scheduler, args.prediction_type)
+        self.process = noise_process(pipe, args)
         self.inputs = DenoiserInputs(pipe, self.component, args.resolution)
         for name in ("instance_prompt", "class_prompt") if args.with_prior_preservation else ("instance_prompt",):
             if self.inputs.argument == "prompt" and not getattr(args, name):

@@ -8,7 +8,15 @@ import inspect
 import torch
 from data import DataError
 
-from ld_pruner_hf.latents import RecordedCall, call_parameters, preserved, record_call, steps_argument
+from ld_pruner_hf.latents import (
+    RecordedCall,
+    call_parameters,
+    execution_device,
+    on_device,
+    preserved,
+    record_call,
+    steps_argument,
+)
 
 TIME_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")
 CONDITION_ARGUMENTS = ("prompt", "class_labels")
@@ -44,7 +52,7 @@ class DenoiserInputs:
     """
 
     def __init__(self, pipe, component, resolution=None):
-        self.pipe, self.component = pipe, component
+        self.pipe, self.component, self.device = pipe, component, execution_device(pipe)
         parameters = call_parameters(pipe)
         self.argument = next((a for a in CONDITION_ARGUMENTS if a in parameters), None)
         self.options = steps_argument(pipe, 2) if {"num_inference_steps", "steps"} & set(parameters) else {}
@@ -87,7 +95,7 @@ class DenoiserInputs:
 
     def _record(self, conditions, n):
         """Keyword arguments of the denoiser's first call."""
-        with preserved(self.pipe):
+        with preserved(self.pipe), on_device(self.pipe, self.device):
             recorded = record_call(self.pipe, self.component, self.pipeline_call(conditions, n, guidance_scale=1.0))
             self._first_time = float(self.pipe.scheduler.timesteps[0])
         names = list(inspect.signature(getattr(self.pipe, self.component).forward).parameters)

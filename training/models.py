@@ -10,8 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from sources import prompts_of
 
 import ld_pruner_hf
-from ld_pruner_hf import PruningPlan
-from ld_pruner_hf.latents import find_denoiser
+from ld_pruner_hf import NoiseProcess, PruningPlan
+from ld_pruner_hf.latents import find_denoiser, schedulers_of
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -24,6 +24,16 @@ def load_pipeline(name, args, **components):
     if name == args.teacher:
         options |= {"revision": args.revision, "variant": args.variant}
     return DiffusionPipeline.from_pretrained(name, **options)
+
+
+def noise_process(pipe, args):
+    """What the pipeline's scheduler undoes."""
+    schedulers = schedulers_of(pipe)
+    if len(schedulers) != 1:
+        raise ValueError(
+            f"--teacher: {type(pipe).__name__} has {len(schedulers)} schedulers, one for each of its stages; expected one"
+        )
+    return NoiseProcess.of(schedulers[0], args.prediction_type)
 
 
 def make_student(args, teacher, component, accelerator):

@@ -141,5 +141,5 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
         type=_batch_size,
         default=8,
         metavar="N",
-        help="latents per pipeline call; auto finds the quickest by trial",
+        help="latents per pipeline call; auto finds the quickest by trial, and whether weights are to be channels last",
     )

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..latents import call_parameters, find_denoiser, preserved
+from ..latents import call_parameters, find_denoiser, preserved, scheduler_names
 from ..plan import FORMAT_VERSION, read_json, write_atomically
 from ..surgery import weights_of
 from .samples import FAILED, Unusable, picture_of
@@ -113,7 +113,7 @@ def _settings(
     return {
         "pipeline": type(pipe).__name__,
         "weights": weights_of(getattr(pipe, find_denoiser(pipe))),
-        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler": scheduler_names(pipe),
         "prompts": digest,
         "call": {name: repr(value)[:200] for name, value in sorted(call.items())},
         "seed": seed,

@@ -15,7 +15,7 @@ from diffusers import __version__ as diffusers_version
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from ..latents import call_parameters, find_denoiser, preserved, record_call, steps_argument
+from ..latents import call_parameters, find_denoiser, preserved, record_call, scheduler_names, steps_argument
 from ..loading import load_pipeline, one_line, pick_device
 from ..profiling import count_macs, processor_name
 from ..surgery import count_params
@@ -179,6 +179,8 @@ def prepare(name: str, settings: EvaluationSettings) -> Any:
             raise ValueError(
                 f"scheduler: got {settings.scheduler!r}, expected a scheduler of diffusers: PNDMScheduler"
             )
+        if not hasattr(pipe, "scheduler"):
+            raise ValueError(f"scheduler: {name} has several, {scheduler_names(pipe)}; leave it out")
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     return pipe
 
