@@ -121,7 +121,7 @@ def linear_run(
             row_memory = backward_memory(model, graph.moments()[-1])
         denoising = graph.memory * batch_size / len(job.seeds)
         allowed = denoising + MEMORY_SHARE * (denoising + weights_memory([model]))
-        at_once = max(1, int(allowed / row_memory)) if row_memory else len(graph.outputs[0])
+        at_once = max(1, int(allowed / row_memory)) if row_memory else max(map(len, graph.outputs))
         changes = [watcher.inside(n, chosen[n]) if n in chosen else watcher.own(n) for n in range(len(todo))]
         with watcher.watching(changes):
             for i in reversed(range(calls)):
