@@ -33,10 +33,11 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from .latents import Job, RecordedCall, patched, run_to_latents, scheduler_names
+from .latents import Job, RecordedCall, modules_of, patched, run_to_latents, scheduler_names
 from .plan import Operator, StandInSpec
 from .profiling import count_macs, peak_memory_of, run, weights_memory
 from .replacements import StandIn
+from .reuse import MEMORY_SHARE
 from .surgery import get_operator
 from .trajectory import Moment, evenly, output_tensor, part_of, rows_of
 
@@ -61,7 +62,7 @@ class LinearRun:
         around: row of `todo` -> the module whose real change was looked at instead of the operator's own.
         gradients: for each of them (B', ...): of the final latents in a random direction, by its output.
         owners: for each of them (B', B): 1 where a row goes into a latent (guidance makes two rows a latent).
-        row_memory: about how many bytes the backward pass takes for each row that goes through at once.
+        row_memory: `backward_memory` of the model.
     """
 
     squares: torch.Tensor
@@ -103,7 +104,8 @@ def linear_run(
     Raises:
         ValueError: the pipeline's arithmetic cannot be differentiated.
     """
-    graph = _differentiable_run(pipe, model, job, steps)
+    with _frozen(*modules_of(pipe).values()):
+        graph = _differentiable_run(pipe, model, job, steps)
     direction = random_direction(graph.latents, seed)
     later: list[tuple[torch.Tensor, torch.Tensor]] = []
     calls = len(graph.calls)
@@ -117,7 +119,9 @@ def linear_run(
         else:
             chosen = _where_first_order_fails(graph, watcher, todo, direction, around) if around else {}
             row_memory = backward_memory(model, graph.moments()[-1])
-        at_once = max(1, graph.memory * batch_size // len(job.seeds) // row_memory)
+        denoising = graph.memory * batch_size / len(job.seeds)
+        allowed = denoising + MEMORY_SHARE * (denoising + weights_memory([model]))
+        at_once = max(1, int(allowed / row_memory)) if row_memory else len(graph.outputs[0])
         changes = [watcher.inside(n, chosen[n]) if n in chosen else watcher.own(n) for n in range(len(todo))]
         with watcher.watching(changes):
             for i in reversed(range(calls)):
@@ -182,9 +186,9 @@ def _around(model: nn.Module, path: str) -> str:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _frozen(*models: nn.Module) -> Iterator[None]:
     """Inside, the weights need no gradients."""
-    wanting = [p for p in model.parameters() if p.requires_grad]
+    wanting = [p for model in models for p in model.parameters() if p.requires_grad]
     try:
         for p in wanting:
             p.requires_grad_(False)
@@ -278,7 +282,7 @@ def _differentiable_run(pipe: Any, model: nn.Module, job: Job, steps: int | None
 
 
 class _Watcher:
-    """Hooks on modules: when a gradient arrives at a module's output, its dot product with the output's change is added up.
+    """Watches modules: when a gradient arrives at a module's output, its dot product with the output's change is added up.
 
     Attributes:
         failed: keys of changes of which some module has no batch dimension, or whose tensors were overwritten.
@@ -378,13 +382,11 @@ class _Watcher:
             output = forward(*args, **kwargs)
             if not torch.is_grad_enabled():
                 return output
-            if not isinstance(
-                output, torch.Tensor
-            ):  # one tensor may stand there twice: each place has its own gradient
+            if not isinstance(output, torch.Tensor):  # one may stand there twice: each place has its own gradient
                 output = tree_map_only(torch.Tensor, lambda t: t.view_as(t), output)
-            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))  # without what led to them
-            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            for place, old in enumerate(tree_leaves(output)):
+            args, kwargs = tuple(map(_detached, args)), {name: _detached(a) for name, a in kwargs.items()}
+            given = [t for t in _leaves([*args, *kwargs.values()]) if isinstance(t, torch.Tensor)]
+            for place, old in enumerate(_leaves([output])):
                 if old is not None:
                     old.requires_grad_()  # what depends on text or time only has none so far
                     old.register_hook(self._hook(module, changes, args, kwargs, given, place, old.detach()))
@@ -413,7 +415,7 @@ class _Watcher:
             unmoved = torch.linalg.vecdot(g, old.float().reshape(self._batch, -1))
             for key, change in changes:
                 with torch.no_grad():
-                    new = tree_leaves(change(module, args, kwargs))[place]
+                    new = _leaves([change(module, args, kwargs)])[place]
                 moved = (torch.linalg.vecdot(g, new.float().reshape(self._batch, -1)) - unmoved).double()
                 self._products[key] = self._products[key] + moved if key in self._products else moved
 
@@ -421,18 +423,31 @@ class _Watcher:
 
 
 def backward_memory(model: nn.Module, moment: Moment) -> int:
-    """About how many bytes a forward and backward pass takes for each row, without the weights: measured with one."""
+    """About how many bytes each row takes, without the weights: a forward and backward pass, and in it a module with a stand-in.
+
+    Measured with one row. 0 where that gives another output alone than in the batch: attention goes across rows.
+    """
     one = rows_of(moment, [0])
+    outputs: list[torch.Tensor] = []
+    forward = peak_memory_of(lambda: outputs.append(output_tensor(run(model, one.call))), [model])
+    if not torch.allclose(outputs[0], one.output, rtol=0, atol=1e-2 * one.output.abs().max().item()):
+        return 0
     call = one.call.mapped(lambda t: t.detach().requires_grad_() if t.is_floating_point() and t.ndim > 1 else t)
     watcher = _Watcher(model, [])
     with _frozen(model), watcher.watching([]):
         peak = peak_memory_of(lambda: watcher.products(call, torch.ones_like(one.output)), [model])
-    return max(1, peak - weights_memory([model]))
+    return peak + forward - 2 * weights_memory([model])
 
 
 def segments(model: nn.Module) -> list[nn.Module]:
     """The modules that run again in the backward pass: the largest with no more leaves than the square root of the model's."""
-    leaves = {m: sum(not inner._modules for inner in m.modules()) for m in model.modules()}
+    leaves: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module) -> int:
+        leaves[module] = sum(map(count, module.children())) or 1
+        return leaves[module]
+
+    count(model)
     found: dict[nn.Module, None] = {}
     waiting = [model]
     while waiting:
@@ -449,8 +464,10 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
         leaves, inputs = tree_flatten((args, kwargs))
-        if not torch.is_grad_enabled() or not any(map(_needs_grad, leaves)):
+        if not any(map(_needs_grad, leaves)) or not all(map(_transparent, leaves)):
             return forward(*args, **kwargs)
         outputs: Any = None
 
@@ -461,6 +478,23 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
             return tuple(found)
 
         found = checkpoint(flat, *leaves, use_reentrant=True, preserve_rng_state=False)
-        return tree_unflatten(found, outputs)
+        return tree_unflatten(found, outputs) if all(map(_transparent, found)) else forward(*args, **kwargs)
 
     return recomputed
+
+
+def _leaves(values: Sequence[Any]) -> list[Any]:
+    """As `tree_leaves`, which is slow, for what is mostly tensors already."""
+    return [leaf for v in values for leaf in ([v] if isinstance(v, torch.Tensor) else tree_leaves(v))]
+
+
+def _detached(value: Any) -> Any:
+    """Without what led to the tensors in it."""
+    return (
+        value.detach() if isinstance(value, torch.Tensor) else tree_map_only(torch.Tensor, torch.Tensor.detach, value)
+    )
+
+
+def _transparent(value: Any) -> bool:
+    """Whether autograd sees the tensors in it."""
+    return value is None or isinstance(value, (torch.Tensor, bool, int, float, str, torch.dtype, torch.device))

@@ -22,8 +22,8 @@ from .latents import patched
 from .plan import is_inside
 from .profiling import device_of, peak_memory_of, synchronize
 
-MEMORY_SHARE = 0.1
-"""Outputs are kept up to this share of the most memory that a first step takes, so that scoring needs little more."""
+MEMORY_SHARE = 0.12
+"""Scoring takes up to this share more memory than denoising: outputs are kept up to it."""
 
 
 @dataclass

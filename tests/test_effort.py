@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
-from ld_pruner_hf import OperatorScores, PlanError, effort, make_plan
+from ld_pruner_hf import OperatorScores, PlanError, effort, linear, make_plan, score_cost
 from ld_pruner_hf.effort import EFFORTS, Budget
-from ld_pruner_hf.latents import final_latents, make_jobs, preserved
-from ld_pruner_hf.linear import linear_run, random_direction, sorts_of
+from ld_pruner_hf.latents import RecordedCall, final_latents, make_jobs, preserved
+from ld_pruner_hf.linear import backward_memory, linear_run, random_direction, sorts_of
 from ld_pruner_hf.operators import find_operators
-from ld_pruner_hf.plan import Modification
+from ld_pruner_hf.plan import Modification, OutputRule, StandInSpec
+from ld_pruner_hf.profiling import peak_memory_of, run, weights_memory
 from ld_pruner_hf.replacements import StandIn
 from ld_pruner_hf.surgery import applied, get_operator
-from ld_pruner_hf.trajectory import output_tensor
+from ld_pruner_hf.trajectory import Moment, output_tensor
 
 PART = {"num_inference_steps": 3, "include": ["mid_block", "up_blocks.0"]}
 
@@ -105,6 +108,67 @@ def test_no_more_is_run_around_operators_than_may_be_spent(pipe):
             for around in (0.05, 100.0)
         ]
     assert 0 < len(runs[0].around) < len(runs[1].around)
+
+
+def test_the_backward_pass_takes_little_memory_and_finds_the_same(pipe, monkeypatch):
+    """What runs again, and rows that go through in parts, against everything at once."""
+    todo, job = todo_of(pipe), jobs_of(pipe, tiny.PROMPTS, steps=2)[0]
+    runs, peaks, parts = [], [], []
+    products = linear._Watcher.products
+
+    def watched(self, call, gradient):
+        parts.append(len(gradient))
+        return products(self, call, gradient)
+
+    monkeypatch.setattr(linear._Watcher, "products", watched)
+
+    def go(batch_size):
+        runs.append(linear_run(pipe, pipe.unet, job, todo, 0, around=1.0, batch_size=batch_size))
+
+    with preserved(pipe):
+        peaks.append(peak_memory_of(lambda: go(1), [pipe.unet]))
+        assert max(parts[3:]) < 6, "not all rows at once"
+        monkeypatch.setattr(linear, "segments", lambda model: [])
+        peaks.append(peak_memory_of(lambda: go(1000), [pipe.unet]))
+    assert parts[-1] == 6
+    assert torch.allclose(runs[0].squares, runs[1].squares, rtol=1e-2)
+    weights = weights_memory([pipe.unet])
+    assert peaks[0] - weights < 0.3 * (peaks[1] - weights)
+
+
+def test_rows_that_depend_on_each_other_stay_together(pipe):
+    """Attention across the frames of a video, say."""
+    moment = linear_run(pipe, pipe.unet, jobs_of(pipe)[0], todo_of(pipe, include="conv_in"), 0).moments[-1]
+    assert backward_memory(pipe.unet, moment) > 0
+    handle = pipe.unet.mid_block.register_forward_hook(lambda module, args, output: output + output.mean(0))
+    with torch.no_grad():
+        moment = Moment(moment.call, output_tensor(run(pipe.unet, moment.call)))
+    assert backward_memory(pipe.unet, moment) == 0
+    handle.remove()
+
+
+def test_tensors_that_are_written_into_later_give_no_estimate():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = x * 1.0
+            y = self.first(x)
+            x.add_(1.0)
+            return self.second(x + y)
+
+    rule = {"argument": "input", "position": 0}
+    todo = [
+        (SimpleNamespace(path=path), StandInSpec((OutputRule(**rule, rule="identity"),)))
+        for path in ("first", "second")
+    ]
+    model = Writes().requires_grad_(False)
+    watcher = linear._Watcher(model, todo)
+    with watcher.watching([watcher.own(0), watcher.own(1)]):
+        products = watcher.products(RecordedCall((torch.ones(2, 4, requires_grad=True),), {}), torch.ones(2, 4))
+    assert watcher.failed == {0} and set(products) == {1}
 
 
 def test_gradients_say_how_errors_grow(pipe):
@@ -214,6 +278,42 @@ def test_a_budget_spends_what_it_may(effort, rows, latents, inputs):
         assert budget.refined == rows and budget.points >= 24, "there is enough for a real error of every operator"
 
 
+def test_real_errors_wait_until_latents_have_inputs_enough_for_them():
+    assert Budget.of("balanced", 175, 6, 5).refined == 0
+    assert Budget.of("balanced", 175, 6, 5).latents == 2
+
+
+@pytest.mark.parametrize("count", [5, 24, 30])
+def test_as_many_inputs_are_looked_at_as_are_paid_for(pipe, count):
+    with preserved(pipe):
+        linear_runs = [
+            linear_run(pipe, pipe.unet, jobs_of(pipe, tiny.PROMPTS, steps=5)[0], todo_of(pipe, include="conv_in"), 0)
+        ]
+    points = effort._points(linear_runs, count)
+    assert sum(len(p.moment.output) for p in points) == count
+    assert all(len(p.gradient) == len(p.moment.output) <= 6 for p in points)
+
+
+def test_errors_are_weighted_by_how_much_such_errors_grow():
+    """In one call errors grow four times as much as random ones would, in another half as much; the first row hides it."""
+    model = nn.Linear(3, 3)
+    calls = [RecordedCall((torch.randn(2, 3),), {}) for _ in range(2)]
+    with torch.no_grad():
+        points = [effort._Point(Moment(c, model(*c.args)), torch.randn(2, 3)) for c in calls]
+        errors = effort._Errors(points, 3, parts=1)
+        model.bias += torch.tensor([1.0, 0.0, 2.0])
+        errors.measure(1, model)
+    gradients = torch.cat([p.gradient for p in points])
+    assert errors.expected[1].tolist() == pytest.approx((5 * gradients.square().mean(1)).tolist(), rel=1e-4)
+    assert errors.grown[1].tolist() == pytest.approx(
+        (gradients[:, 0] + 2 * gradients[:, 2]).square().tolist(), rel=1e-4
+    )
+    errors.expected[:2] = torch.tensor([[1.0, 1, 3, 3], [4, 4, 1, 1]])
+    errors.grown[:2] = torch.tensor([[8.0, 0, 3, 0], [32, 0, 0, 1]])
+    assert errors.moves()[0, :2].tolist() == pytest.approx([math.sqrt(2 * 4 + 6 / 2), math.sqrt(8 * 4 + 2 / 2)])
+    assert errors.moves()[0, 2].isnan()
+
+
 def test_sorts_are_by_class_name_and_stand_in(pipe):
     todo = todo_of(pipe)
     sorts = sorts_of(todo)
@@ -277,3 +377,12 @@ def test_rounds_and_joint_damage_are_exact_and_say_so_at_once(pipe, monkeypatch)
     monkeypatch.setattr(pipe.unet, "forward", None)  # nothing may run
     with pytest.raises(ValueError, match="method 'rounds' measures removals together, with effort='exact'"):
         make_plan(pipe, 3, method="rounds", effort="fast", conditions="pizza")
+
+
+def test_memory_is_told_in_advance(pipe):
+    """One row goes through the backward pass in any case, and takes more than the denoising of one latent."""
+    one, many = (
+        {e: score_cost(pipe, "pizza", effort=e, batch_size=n, **PART).memory for e in EFFORTS} for n in (1, 8)
+    )
+    assert one["balanced"] == one["fast"] > one["exact"] > weights_memory([pipe.unet])
+    assert many["fast"] >= one["fast"]
