@@ -94,6 +94,8 @@ def rows(plan, unet, call, operators, args, device):
     """The original, the plan as stand-ins, and the stock model where there is one."""
     pattern, preset = PLANS[plan]
     chosen = [Modification(o.path, o.kind, o.stand_ins[0]) for o in operators if re.fullmatch(pattern, o.path)]
+    if not chosen:
+        return  # this model has no such blocks
     variants = {"original": (unet, []), f"{len(chosen)} stand-ins": (unet, chosen)}
     if preset and args.model == "sd-v1.4":
         stock = copy.deepcopy(unet)
