@@ -13,6 +13,7 @@ count only the loop's own work; the table has the median of the starts.
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -116,11 +117,13 @@ def straightforward(args, folder, turn):
 
         return hook
 
-    stages = [f"{side}_blocks.{i}" for side in ("down", "up") for i in range(4)]
-    paths = stages + [f"{stage}.resnets.{i}" for stage in stages for i in range(2)]
+    left = len(student.up_blocks)  # a student without the innermost stages (bk-sdm-tiny) has fewer
+    gone = len(teacher.up_blocks) - left
+    pairs = [(f"down_blocks.{i}", f"down_blocks.{i}") for i in range(left)]
+    pairs += [(f"up_blocks.{gone + i}", f"up_blocks.{i}") for i in range(left)]
     for name, model in (("teacher", teacher), ("student", student)):
         for path, module in model.named_modules():
-            if path in paths:
+            if re.fullmatch(r"(down|up)_blocks\.\d(\.resnets\.\d)?", path):
                 module.register_forward_hook(keep(name, path))
     pictures = sorted(folder.glob("*.png"))
     captions = {
@@ -145,7 +148,7 @@ def straightforward(args, folder, turn):
         with torch.autocast("cpu", torch.bfloat16, enabled=half == torch.bfloat16):
             prediction = student(noisy, t, text).sample
         loss = mse(prediction.float(), target.float()) + mse(prediction.float(), expected.float())
-        loss = loss + sum(mse(kept["student", p].float(), kept["teacher", p].float()) for p in stages)
+        loss = loss + sum(mse(kept["student", s].float(), kept["teacher", t].float()) for t, s in pairs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -250,10 +253,13 @@ def main():
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--model", choices=["emoji", "sd"], default="emoji")
     parser.add_argument("--teacher", default="demo:emoji", help=argparse.SUPPRESS)
-    parser.add_argument("--plan", default=str(PLAN), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--plan", default=None, help="what the student lacks; by default emoji_plan.json or bk-sdm-base"
+    )
     parser.add_argument("--loop", choices=list(LOOPS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.plan = args.plan or {"emoji": str(PLAN), "sd": "bk-sdm-base"}[args.model]
     if args.loop:
         return LOOPS[args.loop](args, args.folder, Turns(args.steps))
     with tempfile.TemporaryDirectory() as temporary:
@@ -261,7 +267,7 @@ def main():
         folder.mkdir()
         write_pictures(folder, args.pictures, side=64 if args.model == "emoji" else 128)
         if args.model == "sd":
-            args.teacher, args.plan = str(folder.parent / "sd"), "bk-sdm-base"
+            args.teacher = str(folder.parent / "sd")
             write_sd(args.teacher)
         compare(args, folder)
 

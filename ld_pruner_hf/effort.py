@@ -193,16 +193,18 @@ class _Point:
 
 
 def _points(runs: Sequence[LinearRun], count: int) -> list[_Point]:
-    """About `count` denoiser inputs of the runs, spread over runs, calls and rows."""
+    """About `count` denoiser inputs of the runs, spread over runs, calls and rows; whole calls where they must stay so."""
     calls = [(r.moments[i], r.gradients[i]) for r in runs for i in range(len(r.moments))]
-    number = max(2, math.ceil(count / ROWS_IN_A_CALL))
-    while number < len(calls) and count > sum(min(ROWS_IN_A_CALL, len(m.output)) for m, _ in evenly(calls, number)):
+    whole = not runs[0].row_memory
+    most = max(len(m.output) for m, _ in calls) if whole else ROWS_IN_A_CALL
+    number = max(2, math.ceil(count / most))
+    while number < len(calls) and count > sum(min(most, len(m.output)) for m, _ in evenly(calls, number)):
         number += 1
     chosen = evenly(calls, number)
     points: list[_Point] = []
     for j, (moment, gradient) in enumerate(chosen):
         batch, missing = len(moment.output), count - sum(len(p.moment.output) for p in points)
-        each = min(batch, math.ceil(missing / (len(chosen) - j)))
+        each = batch if whole else min(batch, math.ceil(missing / (len(chosen) - j)))
         rows = sorted((j + r * batch // each) % batch for r in range(each))
         points.append(_Point(rows_of(moment, rows), gradient[rows].float()))
     return points

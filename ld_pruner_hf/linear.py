@@ -117,8 +117,10 @@ def linear_run(
         if isinstance(around, LinearRun):
             chosen, row_memory = around.around, around.row_memory
         else:
-            chosen = _where_first_order_fails(graph, watcher, todo, direction, around) if around else {}
             row_memory = backward_memory(model, graph.moments()[-1])
+            chosen = (
+                _where_first_order_fails(graph, watcher, todo, direction, around, not row_memory) if around else {}
+            )
         denoising = graph.memory * batch_size / len(job.seeds)
         allowed = denoising + MEMORY_SHARE * (denoising + weights_memory([model]))
         at_once = max(1, int(allowed / row_memory)) if row_memory else max(map(len, graph.outputs))
@@ -144,13 +146,16 @@ def random_direction(latents: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def _where_first_order_fails(
-    graph: _Graph, watcher: _Watcher, todo: Todo, direction: torch.Tensor, spend: float
+    graph: _Graph, watcher: _Watcher, todo: Todo, direction: torch.Tensor, spend: float, whole: bool
 ) -> dict[int, str]:
-    """Row -> the module around it, for sorts where samples show in the last call that first order is at fault."""
+    """Row -> the module around it, for sorts where samples show in the last call that first order is at fault.
+
+    A few rows of the call are looked at; all of them if it must stay `whole`.
+    """
     last = graph.moments()[-1]
-    rows = evenly(range(len(last.output)), SAMPLED_ROWS)
-    call = rows_of(last, rows).call
-    macs, _ = count_macs(watcher.model, rows_of(last, rows[:1]).call)
+    rows = evenly(range(len(last.output)), len(last.output) if whole else SAMPLED_ROWS)
+    call = last.call if whole else rows_of(last, rows).call
+    macs, _ = count_macs(watcher.model, last.call if whole else rows_of(last, rows[:1]).call)
     callers = {n: path for n, (o, _) in enumerate(todo) if (path := _around(watcher.model, o.path))}
     share = {n: macs.get(path, 0) / max(1, macs[""]) for n, path in callers.items()}
     sorts = [sort for every in sorts_of(todo) if (sort := [n for n in every if n in callers])]
@@ -258,12 +263,16 @@ def _differentiable_run(pipe: Any, model: nn.Module, job: Job, steps: int | None
                 with torch.no_grad():
                     outputs.append(forward(*args, **kwargs))
             (output,) = outputs
-            leaf = output_tensor(output).detach().requires_grad_()
+            sample = output_tensor(output)
+            if sample is None:
+                return output
+            leaf = sample.detach().requires_grad_()
             graph.calls.append(RecordedCall(args, dict(kwargs)))
             graph.outputs.append(leaf)
             if isinstance(output, torch.Tensor):
                 return leaf
-            return type(output)(leaf) if isinstance(output, dict) else (leaf, *output[1:])
+            first = leaf if isinstance(output[0], torch.Tensor) else list(leaf)
+            return type(output)(first) if isinstance(output, dict) else (first, *output[1:])
 
         return recorded
 
@@ -416,6 +425,9 @@ class _Watcher:
             for key, change in changes:
                 with torch.no_grad():
                     new = _leaves([change(module, args, kwargs)])[place]
+                if new is None or new.shape != old.shape:  # in Kandinsky 6 a module is called with several shapes
+                    self.failed.add(key)
+                    continue
                 moved = (torch.linalg.vecdot(g, new.float().reshape(self._batch, -1)) - unmoved).double()
                 self._products[key] = self._products[key] + moved if key in self._products else moved
 
@@ -425,14 +437,21 @@ class _Watcher:
 def backward_memory(model: nn.Module, moment: Moment) -> int:
     """About how many bytes each row takes, without the weights: a forward and backward pass, and in it a module with a stand-in.
 
-    Measured with one row. 0 where that gives another output alone than in the batch: attention goes across rows.
+    Measured with one row. 0 where a call must stay whole: alone, the row fails (other arguments have several rows for it, one a
+    frame) or gives another output than in the batch (attention goes across rows).
     """
     one = rows_of(moment, [0])
     outputs: list[torch.Tensor] = []
-    forward = peak_memory_of(lambda: outputs.append(output_tensor(run(model, one.call))), [model])
-    if not torch.allclose(outputs[0], one.output, rtol=0, atol=1e-2 * one.output.abs().max().item()):
+    try:
+        forward = peak_memory_of(lambda: outputs.append(output_tensor(run(model, one.call))), [model])
+    except Exception:
         return 0
-    call = one.call.mapped(lambda t: t.detach().requires_grad_() if t.is_floating_point() and t.ndim > 1 else t)
+    near = 1e-2 * one.output.abs().max().item()
+    if outputs[0].shape != one.output.shape or not torch.allclose(outputs[0], one.output, rtol=0, atol=near):
+        return 0
+    call = one.call.mapped(
+        lambda t: t.detach().requires_grad_() if t.is_floating_point() and t.ndim > 2 else t
+    )  # no masks
     watcher = _Watcher(model, [])
     with _frozen(model), watcher.watching([]):
         peak = peak_memory_of(lambda: watcher.products(call, torch.ones_like(one.output)), [model])
@@ -459,6 +478,13 @@ def segments(model: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
+def _with_gradient(value: Any) -> Any:
+    """The same; a tensor that depends on nothing with a gradient, in Qwen-Image the embedded time, becomes a leaf."""
+    if not isinstance(value, torch.Tensor) or value.requires_grad or not value.is_floating_point():
+        return value
+    return value.detach().requires_grad_()
+
+
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, that keeps its arguments alone for the backward pass, and runs again there."""
 
@@ -475,6 +501,8 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
             nonlocal outputs
             args, kwargs = tree_unflatten(leaves, inputs)
             found, outputs = tree_flatten(forward(*args, **kwargs))
+            if torch.is_grad_enabled():  # in the backward pass, where some output has to have a gradient
+                found = [_with_gradient(x) for x in found]
             return tuple(found)
 
         found = checkpoint(flat, *leaves, use_reentrant=True, preserve_rng_state=False)

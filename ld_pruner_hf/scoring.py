@@ -434,7 +434,8 @@ def _cost(
     batch = sum(len(m.output) for m in moments) / len(moments)
     memory = peak_memory(model, moments[0].call)
     if effort != "exact":  # the backward pass takes no more than that, but for one row, which goes through in any case
-        memory = max(memory, weights_memory([model]) + backward_memory(model, moments[0]))
+        with _differentiating(pipe, effort):
+            memory = max(memory, weights_memory([model]) + backward_memory(model, moments[0]))
     return ScoringCost(
         operators=len({operator.path for operator, _ in todo}),
         rows=rows,
@@ -492,6 +493,20 @@ def _one_run(pipe: Any, model: nn.Module, call: Condition, seed: int) -> tuple[i
     return inputs, steps
 
 
+@contextmanager
+def _differentiating(pipe: Any, effort: str) -> Iterator[None]:
+    """Inside, an error of autograd's, or of a model that autograd is used on, is a ValueError that says what to do."""
+    try:
+        yield
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"effort: got {effort!r}, but {type(pipe).__name__} cannot be differentiated ({type(error).__name__}: {error}); "
+            "use effort='exact'"
+        ) from error
+
+
 def _estimated(
     pipe: Any,
     component: str,
@@ -513,7 +528,8 @@ def _estimated(
     chosen = evenly(conditions, budget.latents)
     per_condition = max(1, round(budget.latents / len(chosen)))
     jobs = make_jobs(pipe, chosen, seeds[:per_condition], min(run_of["batch_size"], ROWS_IN_A_CALL))
-    with tqdm(total=budget.refined, desc="trajectory errors", unit="op", disable=quiet, leave=False) as bar:
+    bar = tqdm(total=budget.refined, desc="trajectory errors", unit="op", disable=quiet, leave=False)
+    with bar, _differentiating(pipe, effort):
         moves = estimate_moves(pipe, model, jobs, todo, budget, seed, steps, k, run_of["batch_size"], bar.update)
     # Of n latents that move independently by m each: avg_dist = std_dist = m / sqrt(n).
     n = len(seeds) * (len(conditions) if pooled else 1)

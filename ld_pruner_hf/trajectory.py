@@ -14,9 +14,16 @@ from .latents import Condition, RecordedCall, decoder_call, final_latents, make_
 from .profiling import run
 
 
-def output_tensor(output: Any) -> torch.Tensor:
-    """The sample that a model returns, whatever it is wrapped in."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+def output_tensor(output: Any) -> Any:
+    """The sample (B, ...) that a model returns, whatever it is wrapped in; None where it returns none, to fill a cache.
+
+    Samples in a list (Z-Image) are stacked, or if their shapes differ joined to (1, n).
+    """
+    first = output if isinstance(output, torch.Tensor) else output[0]
+    if not isinstance(first, (list, tuple)):
+        return first
+    same = all(sample.shape == first[0].shape for sample in first)
+    return torch.stack(list(first)) if same else torch.cat([sample.flatten() for sample in first])[None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,9 @@ def record_run(
     moments: list[Moment] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        moments.append(Moment(RecordedCall(args, dict(kwargs)), output_tensor(output).detach()))
+        sample = output_tensor(output)
+        if sample is not None:
+            moments.append(Moment(RecordedCall(args, dict(kwargs)), sample.detach()))
 
     handle = model.register_forward_hook(keep, with_kwargs=True)
     try:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
+import families
 import pytest
+import recent_families  # noqa: F401
 import tiny
 import torch
+import video_families  # noqa: F401
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -147,6 +151,25 @@ def test_rows_that_depend_on_each_other_stay_together(pipe):
     handle.remove()
 
 
+def test_calls_that_must_stay_whole(monkeypatch):
+    """AnimateDiff's text has a row for each frame of each sample."""
+    pipe, call = families.make("animatediff")
+    monkeypatch.setitem(EFFORTS, "as much as the loop", 1)
+    looked_at, points = [], effort._points
+    monkeypatch.setattr(effort, "_points", lambda *args: looked_at.extend(points(*args)) or looked_at)
+    how = {"conditions": [call], "include": "mid_block.resnets", "kinds": ["Conv2d"]}
+    scores = pipe.score(effort="as much as the loop", seeds=6, **how)
+    assert all(0 < r.score() < math.inf for r in scores)
+    assert looked_at and all(len(p.moment.output) == len(p.moment.call.args[0]) == 6 for p in looked_at)
+
+
+def test_modules_that_take_latents_and_do_not_use_them():
+    """The embedded time of Qwen-Image: there is no gradient to go back to."""
+    pipe, call = families.make("qwen_image")
+    scores = pipe.score(conditions=[call], effort="fast", include="transformer_blocks.0", kinds=["Linear"])
+    assert all(0 < r.score() < math.inf for r in scores)
+
+
 def test_tensors_that_are_written_into_later_give_no_estimate():
     class Writes(nn.Module):
         def __init__(self):
@@ -237,6 +260,24 @@ def test_other_kinds_of_pipelines(make):
     call = {"class_labels": [1], "guidance_scale": 2.0} if make is tiny.dit else {}
     scores = pipe.score(conditions=[call], num_inference_steps=2, effort="fast")
     assert sum(r.error is None and r.score() > 0 for r in scores) > 10
+
+
+@pytest.mark.parametrize("name", ["z_image", "hunyuan_video", "kandinsky6", "cosmos3_omni"])
+def test_outputs_in_lists_masks_and_modules_of_many_shapes(name):
+    """Z-Image returns a list of samples, HunyuanVideo sums its mask as integers, Kandinsky 6 calls modules with several shapes."""
+    pipe, call = families.make(name)
+    how = {"conditions": [call], "kinds": ["Linear"], "seeds": 1, "effort": "fast"}
+    assert score_cost(pipe, **how).memory > weights_memory([pipe.transformer])
+    scores = pipe.score(**how)
+    assert sum(r.error is None and 0 <= r.score() < math.inf for r in scores) > 0.9 * len(scores)
+    assert sum(r.score() > 0 for r in scores) > 0.8 * len(scores)
+
+
+def test_attention_that_has_no_gradient_says_so():
+    pipe, call = families.make("anyflow_far")
+    for ask in (pipe.score, partial(score_cost, pipe)):
+        with pytest.raises(ValueError, match=r"AnyFlowFARPipeline cannot be differentiated.*use effort='exact'"):
+            ask(conditions=[call], effort="fast", kinds=["Linear"])
 
 
 def test_a_pipeline_that_cannot_be_differentiated_says_so(pipe, monkeypatch):
