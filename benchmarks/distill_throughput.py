@@ -148,7 +148,8 @@ def straightforward(args, folder, turn):
         with torch.autocast("cpu", torch.bfloat16, enabled=half == torch.bfloat16):
             prediction = student(noisy, t, text).sample
         loss = mse(prediction.float(), target.float()) + mse(prediction.float(), expected.float())
-        loss = loss + sum(mse(kept["student", s].float(), kept["teacher", t].float()) for t, s in pairs)
+        features = [(kept["teacher", t], kept["student", s]) for t, s in pairs]
+        loss = loss + sum(mse(b.float(), a.float()) for a, b in features if a.shape == b.shape)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
