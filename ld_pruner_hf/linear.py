@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .latents import Job, RecordedCall, modules_of, patched, run_to_latents, scheduler_names
 from .plan import Operator, StandInSpec
-from .profiling import count_macs, peak_memory_of, run, weights_memory
+from .profiling import count_macs, frozen, peak_memory_of, run, weights_memory
 from .replacements import StandIn
 from .reuse import MEMORY_SHARE
 from .surgery import get_operator
@@ -104,7 +104,7 @@ def linear_run(
     Raises:
         ValueError: the pipeline's arithmetic cannot be differentiated.
     """
-    with _frozen(*modules_of(pipe).values()):
+    with frozen(*modules_of(pipe).values()):
         graph = _differentiable_run(pipe, model, job, steps)
     direction = random_direction(graph.latents, seed)
     later: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -113,7 +113,7 @@ def linear_run(
     gradients = [torch.zeros(0)] * calls
     squares = torch.zeros(len(todo), calls, len(graph.latents), dtype=torch.float64)
     watcher = _Watcher(model, todo)
-    with _frozen(model):
+    with frozen(model):
         if isinstance(around, LinearRun):
             chosen, row_memory = around.around, around.row_memory
         else:
@@ -188,19 +188,6 @@ def _around(model: nn.Module, path: str) -> str:
     while isinstance(get_operator(model, path), (nn.ModuleList, nn.ModuleDict)):
         path = path.rpartition(".")[0]
     return path
-
-
-@contextmanager
-def _frozen(*models: nn.Module) -> Iterator[None]:
-    """Inside, the weights need no gradients."""
-    wanting = [p for model in models for p in model.parameters() if p.requires_grad]
-    try:
-        for p in wanting:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in wanting:
-            p.requires_grad_(True)
 
 
 # ---- the pipeline's own arithmetic -----------------------------------------------------------------------------------
@@ -449,11 +436,10 @@ def backward_memory(model: nn.Module, moment: Moment) -> int:
     near = 1e-2 * one.output.abs().max().item()
     if outputs[0].shape != one.output.shape or not torch.allclose(outputs[0], one.output, rtol=0, atol=near):
         return 0
-    call = one.call.mapped(
-        lambda t: t.detach().requires_grad_() if t.is_floating_point() and t.ndim > 2 else t
-    )  # no masks
+    # Not those of two dimensions: masks, of which models take sums of integers.
+    call = one.call.mapped(lambda t: t.detach().requires_grad_() if t.is_floating_point() and t.ndim > 2 else t)
     watcher = _Watcher(model, [])
-    with _frozen(model), watcher.watching([]):
+    with frozen(model), watcher.watching([]):
         peak = peak_memory_of(lambda: watcher.products(call, torch.ones_like(one.output)), [model])
     return peak + forward - 2 * weights_memory([model])
 

@@ -79,10 +79,9 @@ def run(model: nn.Module, call: RecordedCall) -> Any:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter requires gradients: a slice of one would, under `no_grad` too, and torch's counter fails where such a
-    tensor has no graph."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """Inside, no parameter requires gradients."""
+    trained = [p for model in models for p in model.parameters() if p.requires_grad]
     try:
         for p in trained:
             p.requires_grad = False
@@ -122,7 +121,9 @@ def _counter() -> Iterator[FlopCounterMode]:
 
 def count_macs(model: nn.Module, call: RecordedCall) -> tuple[dict[str, int], dict[str, int]]:
     """MACs for one sample by module path ("" is the model itself): (all, convolutions and linear layers alone)."""
-    with torch.no_grad(), _frozen(model), _counter() as counter:
+    # Frozen: a slice of a parameter would require a gradient, under `no_grad` too, and torch's counter fails where such a tensor
+    # has no graph.
+    with torch.no_grad(), frozen(model), _counter() as counter:
         run(model, call)
     batch = call.batch_size
     root = type(model).__name__
