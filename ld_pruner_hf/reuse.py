@@ -52,7 +52,7 @@ class _Kept:
 
     def has(self, path: str) -> bool:
         """Whether the output is there and nothing has written into it since."""
-        return path in self.outputs and _versions(self.outputs[path][0]) == self.outputs[path][1]
+        return path in self.outputs and versions(self.outputs[path][0]) == self.outputs[path][1]
 
 
 class FirstStep:
@@ -67,7 +67,7 @@ class FirstStep:
         self.model, self.calls = model, list[_Kept]()
         budget = MEMORY_SHARE * peak_memory_of(runs[0], [model])
         self.spans = trace(model, runs[0])
-        own = [path for path, module in model.named_modules() if _has_own_processor(module)]
+        own = [path for path, module in model.named_modules() if has_own_processor(module)]
         keep = _worth_keeping(self.spans, Counter(operators), budget / len(runs), own)
         if keep:
             for run in runs:
@@ -90,7 +90,7 @@ class FirstStep:
         def hold(path: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: Any, output: Any) -> None:
                 if inside:
-                    self.calls[-1].outputs[path] = output, _versions(output)
+                    self.calls[-1].outputs[path] = output, versions(output)
 
             return hook
 
@@ -203,7 +203,7 @@ def ended_before(spans: dict[str, Span], operators: Sequence[str]) -> list[str]:
     return [s.path for s in spans.values() if s.path and s.parent in around and s.end < start]
 
 
-def _has_own_processor(module: nn.Module) -> bool:
+def has_own_processor(module: nn.Module) -> bool:
     """Has the pipeline given this attention a processor of its own? It may be there for what it notes, as in pix2pix-zero."""
     processor = getattr(module, "processor", None)
     return processor is not None and ".pipelines." in type(processor).__module__
@@ -227,15 +227,17 @@ def _worth_keeping(
     return chosen
 
 
-def _versions(output: Any) -> tuple[int, ...]:
+def versions(output: Any) -> tuple[int, ...]:
+    """How often each tensor in it has been written into."""
     return tuple(t._version for t in tree_leaves(output) if isinstance(t, torch.Tensor))
 
 
 def _equal(a: tuple[list[Any], Any], b: tuple[list[Any], Any]) -> bool:
-    return a[1] == b[1] and len(a[0]) == len(b[0]) and all(map(_same, a[0], b[0]))
+    return a[1] == b[1] and len(a[0]) == len(b[0]) and all(map(same, a[0], b[0]))
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Equal tensors, bit for bit, on one device; of other objects the same one, or equal numbers or strings."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)

@@ -455,10 +455,11 @@ class RowFile:
         self._complete = False
 
     def end(self, keys: Sequence[tuple[str, str]] = ()) -> None:
-        """Note that the run is complete, so that `OperatorScores.load` takes the file; parts become the whole, in the order of `keys`."""
+        """Note that the run is complete, so that `OperatorScores.load` takes the file; its rows are then in the order of `keys`."""
         if self.path is None or self._complete:
             return
-        if self._parts():
+        keys = keys or list(self.found)
+        if self._parts() or (self.processes == 1 and list(self.found) != list(keys)):
             rows = [self.found[key].to_dict() for key in keys]
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in (self.header, *rows, {END: True})))
             for part in self._parts():

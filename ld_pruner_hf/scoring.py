@@ -41,6 +41,7 @@ from .latents import (
     steps_argument,
 )
 from .linear import backward_memory
+from .memory import freed_memory_kept
 from .operators import check_filters, find_operators
 from .plan import Modification, Operator, StandInSpec, is_inside
 from .profiling import peak_memory, run, weights_memory
@@ -50,6 +51,7 @@ from .scores import LATENT_SHIFT, MEASURED_ALONE, OperatorScore, OperatorScores,
 from .selection import agreement, check_k, innermost, top_k
 from .surgery import applied, architecture_of, check_replaceable, weights_of
 from .trajectory import Moment, calibration_set, evenly, output_tensor, record_run
+from .twins import Key, find_twins
 
 Measure = Callable[[Operator, StandInSpec], dict[str, Any]]
 
@@ -264,7 +266,7 @@ def score_operators(
     quiet = bool(getattr(pipe, "_progress_bar_config", {}).get("disable", False))
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
-    with preserved(pipe), ExitStack() as stack:
+    with preserved(pipe), freed_memory_kept(), ExitStack() as stack:
         component = find_denoiser(pipe, component, **conditions[0])
         model: nn.Module = getattr(pipe, component)
         check_replaceable(model)
@@ -305,12 +307,15 @@ def score_operators(
         if on_cost is not None:
             on_cost(_cost(pipe, component, todo, run_of, criterion, effort, calibration))
 
-        def start() -> Measure:
+        def start() -> tuple[Measure, Mapping[Key, Key]]:
             if effort != "exact":
-                return _estimated(pipe, component, todo, run_of, pooled, effort, k, seed, quiet)
-            if criterion in LATENT_SHIFT:
-                return _latent_shift(model, output_sets(pipe, component, **run_of, pooled=pooled), given, todo)
-            return _measured_alone(pipe, component, criterion, free, given, run_of, calibration, seed)
+                return _estimated(pipe, component, todo, run_of, pooled, effort, k, seed, quiet), {}
+            if criterion not in LATENT_SHIFT:
+                return _measured_alone(pipe, component, criterion, free, given, run_of, calibration, seed), {}
+            one = output_sets(pipe, component, conditions[:1], settings["seeds"][:1], 1, pooled)
+            with applied(model, given):
+                twins = find_twins(model, todo, one.collect, functools.partial(one.first_step, 0))
+            return _latent_shift(model, output_sets(pipe, component, **run_of, pooled=pooled), given, todo), twins
 
         scores = replace(scores, rows=tuple(_measure(todo, start, rows, quiet)))
     if not quiet:
@@ -576,17 +581,27 @@ def _measured_alone(
 
 
 def _measure(
-    todo: Sequence[tuple[Operator, StandInSpec]], start: Callable[[], Measure], rows: RowFile, quiet: bool
+    todo: Sequence[tuple[Operator, StandInSpec]],
+    start: Callable[[], tuple[Measure, Mapping[Key, Key]]],
+    rows: RowFile,
+    quiet: bool,
 ) -> list[OperatorScore]:
-    """One row per (operator, stand-in), from the file where it has one; `start` is called if any is missing."""
+    """One row per (operator, stand-in), from the file where it has one.
+
+    Args:
+        start: called if any is missing: the measurement, and the rows that need none -> those that they equal.
+    """
     by_key = {(o.path, s.name): (o, s) for o, s in todo}
     missing = [key for key in by_key if key not in rows.found]
     if missing:
-        measure = start()
+        measure, twins = start()
         with tqdm(total=len(todo), initial=len(todo) - len(missing), desc="scoring", unit="op", disable=quiet) as bar:
-            for key in rows.pending(missing):
+            for key in rows.pending([key for key in missing if key not in twins]):
                 bar.set_postfix_str(key[0][-40:], refresh=False)
                 rows.append(_measure_one(*by_key[key], measure))
+                bar.update()
+            for key in [key for key in missing if key in twins]:
+                rows.append(_like(rows.found[twins[key]], *by_key[key]))
                 bar.update()
     rows.end(list(by_key))
     return [rows.found[key] for key in by_key]
@@ -607,6 +622,15 @@ def _measure_one(operator: Operator, spec: StandInSpec, measure: Measure) -> Ope
         path=operator.path, kind=operator.kind, stand_in=spec, **values,
         params_removed=params_removed, macs_removed=macs_removed, latency_share=operator.latency_share,
         seconds=round(time.perf_counter() - start, 3), error=error,
+    )  # fmt: skip
+
+
+def _like(row: OperatorScore, operator: Operator, spec: StandInSpec) -> OperatorScore:
+    """The row of an operator and a stand-in that do the same."""
+    params_removed, macs_removed = _costs(operator, spec)
+    return replace(
+        row, path=operator.path, kind=operator.kind, stand_in=spec, params_removed=params_removed,
+        macs_removed=macs_removed, latency_share=operator.latency_share, seconds=0.0,
     )  # fmt: skip
 
 
@@ -638,7 +662,7 @@ def damage_meter(
     check_joint(criterion)
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
-    with preserved(pipe), ExitStack() as stack:
+    with preserved(pipe), freed_memory_kept(), ExitStack() as stack:
         component = find_denoiser(pipe, component, **conditions[0])
         model: nn.Module = getattr(pipe, component)
         drawn = range(seed, seed + seeds)

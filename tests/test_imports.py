@@ -12,13 +12,13 @@ import ld_pruner_hf
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ld_pruner_hf"
 LEVELS = {
-    "plan": 0, "demo": 0, "evaluation.nets": 0, "evaluation.samples": 0,
+    "plan": 0, "memory": 0, "demo": 0, "evaluation.nets": 0, "evaluation.samples": 0,
     "scores": 1, "replacements": 1, "latents": 1, "loading": 1, "evaluation.results": 1, "evaluation.extractors": 1,
     "surgery": 2, "selection": 2, "batching": 2, "evaluation.metrics": 2,
     "profiling": 3, "modeling": 3,
     "watching": 4, "stock": 4, "fitting": 4, "trajectory": 4, "measurements": 4, "remote_code": 4, "reuse": 4,
     "evaluation.generation": 4, "evaluation.speed": 4,
-    "operators": 5, "ip_adapter": 5, "criteria": 5, "linear": 5, "presets": 5, "distillation": 5, "evaluation.run": 5,
+    "operators": 5, "twins": 5, "ip_adapter": 5, "criteria": 5, "linear": 5, "presets": 5, "distillation": 5, "evaluation.run": 5,
     "features": 6, "effort": 6, "unused": 6,
     "scoring": 7, "evaluation": 7,
     "additivity": 8, "lora": 8, "planning": 8, "report": 8,

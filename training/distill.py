@@ -41,6 +41,7 @@ from validation import log_grid, validate, wants_validation
 
 from ld_pruner_hf import DistillationLoss, FeatureTaps, find_taps
 from ld_pruner_hf.latents import find_denoiser
+from ld_pruner_hf.memory import freed_memory_kept
 
 
 def make_accelerator(args):
@@ -331,7 +332,7 @@ def launch(name, make_run, args):
                 k: v if isinstance(v, (int, float, str)) else str(v) for k, v in flags.items()
             }  # tensorboard takes no lists
             accelerator.init_trackers(name, plain)
-        with run.watching():
+        with run.watching(), freed_memory_kept():
             student = train(run, args, accelerator)
         if run.source.skipped:
             accelerator.print(f"skipped: {dict(run.source.skipped)}")

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..loading import one_line
+from ..memory import freed_memory_kept
 from . import additivity, app, benchmark, demo, distill, evaluate, profile, prune, publish, report, score, show, sweep
 
 COMMANDS = (
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse exits by itself: 0 after --help, 2 after an error
         return int(stop.code or 0)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), freed_memory_kept():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _warn
             args.run(args)
