@@ -8,7 +8,10 @@ once more for each k with k known in advance; `--sample` rows of the loop are ti
 both are measured under the same load. What is compared are the scores of operators (their best stand-in) by Spearman's
 correlation, and the operators that `top_k` chooses.
 
-    --interleaved 12       only measures 12 rows, spread over the model, in turns by the loop and by effort="exact"
+    --interleaved 12       only measures 12 rows, spread over the model, in turns by the loop and by effort="exact", and what
+                           effort="exact" does once for all rows
+    --reference exact      for loops that would take days: the scores to compare with are those of effort="exact", which differ from
+                           the loop's by rounding (--interleaved shows by how much); the loop's time is that of the sample
     --other 3 100          only compares the loop with effort="exact" on the prompts from the fourth on and the seeds from 100 on:
                            how far two loops agree; with `--lowest 150` of the operators only
 """
@@ -27,10 +30,12 @@ from scipy.stats import spearmanr
 import ld_pruner_hf
 from ld_pruner_hf import Modification, applied, demo, find_operators, top_k
 from ld_pruner_hf.latents import final_latents, make_conditions, preserved, steps_argument
+from ld_pruner_hf.memory import freed_memory_kept
 from ld_pruner_hf.profiling import processor_name
 from ld_pruner_hf.reuse import FirstStep
 from ld_pruner_hf.scoring import latent_distances, output_sets
 from ld_pruner_hf.trajectory import evenly
+from ld_pruner_hf.twins import find_twins
 
 KS = (10, 20, 30, 42)
 
@@ -42,10 +47,10 @@ class Loop:
         todo: all modifications. rows: (path, stand-in) -> what was measured.
     """
 
-    def __init__(self, pipe, prompts, args):
+    def __init__(self, pipe, prompts, args, include=None):
         self.pipe, self.seeds = pipe, range(args.seeds)
         self.conditions = make_conditions(pipe, prompts, steps_argument(pipe, args.steps))
-        operators = find_operators(pipe, progress=False, latency=False, **self.conditions[0])
+        operators = find_operators(pipe, include=include, progress=False, latency=False, **self.conditions[0])
         self.todo = [Modification(o.path, o.kind, spec) for o in operators for spec in o.stand_ins]
         self.originals = self.latents()
         self.rows = {}
@@ -72,6 +77,12 @@ class Loop:
                     self.rows[m.path, m.stand_in.name] = row = self.measure(m)
                     file.write(json.dumps(row) + "\n")
                     file.flush()
+
+    def run_exact(self, path, prompts, args):
+        """The same with effort="exact"."""
+        how = {"num_inference_steps": args.steps, "seeds": args.seeds}
+        found = ld_pruner_hf.score(self.pipe, prompts, resume_from=path, **how)
+        self.rows = {row.key: {"avg_dist": row.avg_dist, "std_dist": row.std_dist} for row in found}
 
     def seconds(self, sample):
         """CPU seconds a row, now."""
@@ -119,30 +130,54 @@ def measure(loop, prompts, effort, k, args):
     return result | compare(loop, found)
 
 
-def interleaved(loop, args):
-    """The loop and effort="exact" in turns: CPU seconds a row, and the largest relative difference of a score."""
-    unet, seconds, difference = loop.pipe.unet, {"naive": 0.0, "exact": 0.0}, 0.0
+class Exact:
+    """Rows of the loop by effort="exact". Use it inside `preserved(pipe)`.
+
+    Attributes:
+        rows: how many it measures; the others do the same as one of them. once: CPU seconds of what it does once for all.
+    """
+
+    def __init__(self, loop):
+        self.unet = loop.pipe.unet
+        start = time.process_time()
+        how = {"seeds": loop.seeds, "batch_size": 8, "pooled": False}
+        self.sets = output_sets(loop.pipe, "unet", loop.conditions, **how)
+        one = output_sets(loop.pipe, "unet", loop.conditions[:1], **how | {"seeds": [0]})
+        todo = [(m, m.stand_in) for m in loop.todo]
+        self.rows = len(todo) - len(find_twins(self.unet, todo, one.collect, partial(one.first_step, 0)))
+        first = [partial(self.sets.first_step, i) for i in range(len(self.sets.jobs))]
+        self.first_step = FirstStep(self.unet, first, [m.path for m in loop.todo])
+        self.originals = self.sets.collect()
+        self.once = time.process_time() - start
+
+    def measure(self, m):
+        """(score, CPU seconds)"""
+        start = time.process_time()
+        with applied(self.unet, [m]), freed_memory_kept(), self.first_step.reused([m.path]):
+            score = sum(map(sum, distances(self.originals, self.sets.collect())))
+        return score, time.process_time() - start
+
+
+def interleaved(loop, count):
+    """Some rows of the loop, spread over the model, in turns by the loop and by effort="exact".
+
+    Returns:
+        CPU seconds of the whole loop and of all by effort="exact", and the largest relative difference of a score.
+    """
+    naive, exact, difference = 0.0, 0.0, 0.0
     with preserved(loop.pipe):
-        sets = output_sets(loop.pipe, "unet", loop.conditions, loop.seeds, batch_size=8, pooled=False)
-        first_step = FirstStep(
-            unet, [partial(sets.first_step, i) for i in range(len(sets.jobs))], [m.path for m in loop.todo]
-        )
-        originals = sets.collect()
-        for m in evenly(loop.todo, args.interleaved):
-            naive = loop.measure(m)
-            start = time.process_time()
-            with applied(unet, [m]), first_step.reused([m.path]):
-                exact = sum(map(sum, distances(originals, sets.collect())))
-            took = time.process_time() - start
-            seconds["naive"] += naive["cpu_s"]
-            seconds["exact"] += took
-            expected = sum(naive["avg_dist"]) + sum(naive["std_dist"])
-            difference = max(difference, abs(exact - expected) / expected)
-            print(f"  {m.path} {m.stand_in.name}: {naive['cpu_s']:.2f} and {took:.2f} CPU s", flush=True)
-    each = {name: round(total / args.interleaved, 3) for name, total in seconds.items()}
+        cheaper = Exact(loop)
+        for m in evenly(loop.todo, count):
+            row, (score, took) = loop.measure(m), cheaper.measure(m)
+            naive, exact = naive + row["cpu_s"], exact + took
+            expected = sum(row["avg_dist"]) + sum(row["std_dist"])
+            difference = max(difference, abs(score - expected) / expected)
+            print(f"  {m.path} {m.stand_in.name}: {row['cpu_s']:.2f} and {took:.2f} CPU s", flush=True)
     print(
-        f"CPU s a row: {each}, {each['naive'] / each['exact']:.2f} times cheaper; scores differ by at most {difference:.1e}"
+        f"{naive / exact:.2f} times cheaper a row; {len(loop.todo) - cheaper.rows} of {len(loop.todo)} rows do the same as another; "
+        f"{cheaper.once:.1f} CPU s once for all"
     )
+    return naive / count * len(loop.todo), cheaper.once + exact / count * cheaper.rows, difference
 
 
 def another_loop(loop, args):
@@ -168,6 +203,7 @@ def main():
     parser.add_argument("--efforts", nargs="*", default=["fast", "balanced", "exact"])
     parser.add_argument("--ks", nargs="*", type=int, default=KS, help="score with these k known in advance, too")
     parser.add_argument("--sample", type=int, default=4, help="rows of the loop that are timed before and after")
+    parser.add_argument("--reference", choices=["naive", "exact"], default="naive")
     parser.add_argument("--interleaved", type=int, metavar="ROWS")
     parser.add_argument("--other", type=int, nargs=2, metavar=("PROMPT", "SEED"))
     parser.add_argument("--lowest", type=int)
@@ -182,12 +218,19 @@ def main():
     loop = Loop(pipe, prompts, args)
     print(f"demo:{args.pipeline}, {processor_name()}, 1 thread, {len(loop.todo)} rows")
     if args.interleaved:
-        return interleaved(loop, args)
-    loop.run(Path(args.naive))
+        naive, exact, difference = interleaved(loop, args.interleaved)
+        print(
+            f"{naive:.0f} and {exact:.0f} CPU s, {naive / exact:.2f} times cheaper; scores differ by at most {difference:.1e}"
+        )
+        return
+    if args.reference == "exact":
+        loop.run_exact(args.naive, prompts, args)
+        print(f"the whole naive loop would take {loop.seconds(args.sample) * len(loop.todo):.0f} CPU s")
+    else:
+        loop.run(Path(args.naive))
+        print(f"the whole naive loop took {sum(row['cpu_s'] for row in loop.rows.values()):.0f} CPU s")
     if args.other:
         return another_loop(loop, args)
-    seconds = sum(row["cpu_s"] for row in loop.rows.values())
-    print(f"the whole naive loop took {seconds:.0f} CPU s")
     with open(args.output, "a", newline="") as file:
         writer = None
         for effort in args.efforts:
