@@ -17,7 +17,7 @@ _inside = 0
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Inside, glibc keeps freed memory for the next tensors: on a CPU a loop of equal calls takes 6 to 16% less time [measured].
+    """Inside, glibc keeps freed memory for the next tensors: on a CPU a loop of equal calls takes up to 16% less time [measured].
 
     Otherwise large tensors go back to the system whenever they are freed, and every page of the next ones is made anew. It holds
     for the whole process; at the end, free memory is given back. Nothing happens with other C libraries.
