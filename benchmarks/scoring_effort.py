@@ -6,7 +6,8 @@ The naive loop is the one of the paper as one would write it: for each operator 
 of the pipeline. Its rows go to a file, and an interrupted run goes on. Then the same settings are scored with each effort, and
 once more for each k with k known in advance; `--sample` rows of the loop are timed just before and after each of them, so that
 both are measured under the same load. What is compared are the scores of operators (their best stand-in) by Spearman's
-correlation, and the operators that `top_k` chooses.
+correlation, and the operators that `top_k` chooses: how many of them agree, and how much more damage the choice by the estimates
+does than the choice by the loop, by the loop's scores (their root sum of squares, as damages add up).
 
     --interleaved 12       only measures 12 rows, spread over the model, in turns by the loop and by effort="exact", and what
                            effort="exact" does once for all rows
@@ -19,6 +20,7 @@ correlation, and the operators that `top_k` chooses.
 import argparse
 import csv
 import json
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -107,9 +109,11 @@ def compare(loop, found):
     reference = loop.scores(found)
     best, estimated = ({row.path: row.score() for row in s.ranked()} for s in (reference, found))
     result = {"spearman": round(float(spearmanr(list(best.values()), [estimated[p] for p in best])[0]), 4)}
+    by_loop = {row.key: row.score() for row in reference}
     for k in KS:
-        a, b = ({row.path for row in top_k(s, k)} for s in (reference, found))
-        result[f"overlap_{k}"] = round(len(a & b) / k, 3)
+        a, b = ([row.key for row in top_k(s, k)] for s in (reference, found))
+        result[f"overlap_{k}"] = round(len({path for path, _ in a} & {path for path, _ in b}) / k, 3)
+        result[f"damage_{k}"] = round(math.hypot(*map(by_loop.get, b)) / math.hypot(*map(by_loop.get, a)), 3)
         sure = ld_pruner_hf.agreement(found, partial(top_k, k=k))
         result[f"agreement_{k}"] = "" if sure is None else round(sure, 3)
     return result

@@ -28,14 +28,14 @@ from .reuse import FirstStep
 from .surgery import applied
 from .trajectory import Moment, evenly, output_tensor, rows_of
 
-EFFORTS = {"exact": 1, "balanced": 50, "fast": 600}
+EFFORTS = {"exact": 1, "balanced": 50, "fast": 450}
 """effort -> the denoiser inputs of the paper's loop, for each that is spent. "exact" is the loop itself, and the definition.
 
 They go through the denoiser in larger batches than the loop's, so that the time becomes less still.
 """
 
 MAX_LATENTS = 16
-ROWS_IN_A_CALL = 8
+ROWS_IN_A_CALL = 12
 AROUND = {"balanced": 4.0, "fast": 1.0}
 """effort -> denoiser calls' worth of MACs for each call, to run the modules around operators."""
 REFINEMENT_POINTS = 24, 64
@@ -66,7 +66,7 @@ class Budget:
 
         Args:
             rows: operators and stand-ins. latents: of the paper's loop. inputs: of the denoiser, that one latent takes.
-            k: how many operators will be taken out, if that is known: refinement near the cut needs few rows.
+            k: how many operators will be taken out, roughly, if that is known: refinement near the cut needs few rows.
         """
         total = rows * latents * inputs / EFFORTS[effort]
         least, most = REFINEMENT_POINTS

@@ -53,6 +53,8 @@ from .surgery import applied, architecture_of, check_replaceable, weights_of
 from .trajectory import Moment, calibration_set, evenly, output_tensor, record_run
 from .twins import Key, find_twins
 
+OPERATORS_OF_A_BUDGET = 10
+"""A budget usually takes out one of so many."""
 Measure = Callable[[Operator, StandInSpec], dict[str, Any]]
 
 
@@ -230,7 +232,7 @@ def score_operators(
             rounding goes.
         calibration: how many inputs of the denoiser (a latent at a step) output-error, block-influence and taylor look at;
             they are spread over conditions and steps of the original runs.
-        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 50th and a 600th of its
+        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 50th and a 450th of its
             denoiser inputs (see `effort` and docs/scoring.md). Estimates go by "latent-shift"; its parts are set equal, and
             stand for the two halves of the latents instead of the conditions.
         k: how many operators will be taken out, if that is known: estimates are then refined where that choice is made.
@@ -320,7 +322,8 @@ def score_operators(
         def start() -> tuple[Measure, Mapping[Key, Key]]:
             if effort != "exact":
                 goal = far if k or budget else None
-                return _estimated(pipe, component, todo, run_of, pooled, effort, k, goal, seed, quiet), {}
+                roughly = len(todo) // OPERATORS_OF_A_BUDGET if budget else k
+                return _estimated(pipe, component, todo, run_of, pooled, effort, roughly, goal, seed, quiet), {}
             if criterion not in LATENT_SHIFT:
                 return _measured_alone(pipe, component, criterion, free, given, run_of, calibration, seed), {}
             one = output_sets(pipe, component, conditions[:1], settings["seeds"][:1], 1, pooled)
