@@ -2,7 +2,7 @@
 
 1. `linear_run`: backward passes along a few original trajectories estimate all operators at once; where first order is at
    fault, the module around the operator runs for real.
-2. Refinement: real errors, for as many operators as the cost allows: those nearest to the cut if it is known what will be
+2. Refinement: real errors, for as many operators as the cost allows: those nearest to the cut if it is known how many will be
    taken out, until no other is near enough to matter; else the least important.
 
 A real error is that of the modified denoiser's output at inputs of the original trajectories. Its square counts by how much such
@@ -25,6 +25,7 @@ from .linear import LinearRun, Todo, linear_run
 from .plan import Modification
 from .profiling import run
 from .reuse import FirstStep
+from .selection import competing
 from .surgery import applied
 from .trajectory import Moment, evenly, output_tensor, rows_of
 
@@ -39,8 +40,6 @@ ROWS_IN_A_CALL = 12
 AROUND = {"balanced": 4.0, "fast": 1.0}
 """effort -> denoiser calls' worth of MACs for each call, to run the modules around operators."""
 REFINEMENT_POINTS = 24, 64
-Far = Callable[[torch.Tensor], torch.Tensor]
-"""Moves (1 or 2, rows) -> how far each row is from where it would be chosen: | log | of its score by the one at the cut."""
 STAGES, SURE = 4, 3.0
 """Refinement near the cut is done in so many stages, and stops where rows are so many standard deviations away from it."""
 LINEAR_SHARE, LINEAR_COST = 0.4, 4.5
@@ -66,7 +65,7 @@ class Budget:
 
         Args:
             rows: operators and stand-ins. latents: of the paper's loop. inputs: of the denoiser, that one latent takes.
-            k: how many operators will be taken out, roughly, if that is known: refinement near the cut needs few rows.
+            k: how many operators will be taken out, if that is known: refinement near the cut needs few rows.
         """
         total = rows * latents * inputs / EFFORTS[effort]
         least, most = REFINEMENT_POINTS
@@ -101,15 +100,14 @@ def estimate_moves(
     budget: Budget,
     seed: int,
     steps: int,
-    far: Far | None,
+    k: int | None,
     batch_size: int,
     on_row: Callable[[], Any],
 ) -> torch.Tensor:
     """Estimate how far each row of `todo` moves the final latents. Run it inside `preserved(pipe)`.
 
     Args:
-        jobs: the runs to look at, of so many scheduler `steps`. far: how far each row is from the cut, if it is known what will
-            be taken out.
+        jobs: the runs to look at, of so many scheduler `steps`. k: how many operators will be taken out, if that is known.
         batch_size: memory is taken for the denoising of so many latents. on_row: called for each row whose real error has been measured.
 
     Returns:
@@ -125,7 +123,7 @@ def estimate_moves(
     squares = torch.cat([r.squares.sum(1) for r in runs], dim=1)  # (rows, latents)
     halves = [squares[:, i::2] for i in range(min(2, squares.shape[1]))]
     moves = torch.stack([half.sqrt().mean(1) for half in halves])
-    return _refined(model, todo, runs, moves, budget, far, on_row) if budget.refined else moves
+    return _refined(model, todo, runs, moves, budget, k, on_row) if budget.refined else moves
 
 
 def _refined(
@@ -134,7 +132,7 @@ def _refined(
     runs: Sequence[LinearRun],
     moves: torch.Tensor,
     budget: Budget,
-    far: Far | None,
+    k: int | None,
     on_row: Callable[[], Any],
 ) -> torch.Tensor:
     """The estimated moves, with the real errors of `budget.refined` rows in their place."""
@@ -144,10 +142,9 @@ def _refined(
     for stage in range(STAGES):
         known = torch.isfinite(real[0])
         mixed = torch.where(known, real / _level(real, moves), moves)
-        distance = far(mixed) if far else mixed.mean(0).nan_to_num(0.0)
-        distance = distance.masked_fill(known, math.inf)
-        most = SURE * _spread(real, moves) if far else math.inf
-        rows = [n for n in distance.argsort().tolist() if distance[n] < most]
+        near = _nearness(todo, mixed.mean(0), k).masked_fill(known, math.inf)
+        far = SURE * _spread(real, moves) if k else math.inf
+        rows = [n for n in near.argsort().tolist() if near[n] < far]
         for n in rows[: budget.refined * (stage + 1) // STAGES - int(known.sum())]:
             operator, spec = todo[n]
             modification = Modification(operator.path, operator.kind, spec)
@@ -156,6 +153,17 @@ def _refined(
             on_row()
         real = errors.moves()
     return torch.where(torch.isfinite(real), real / _level(real, moves), moves)
+
+
+def _nearness(todo: Todo, moves: torch.Tensor, k: int | None) -> torch.Tensor:
+    """How far each row is from the last operator that competes for k places, as | log ratio |; with no k, its move."""
+    if k is None:
+        return moves.nan_to_num(0.0)
+    best: dict[str, float] = {}
+    for (operator, _), move in zip(todo, moves.tolist(), strict=True):
+        best[operator.path] = min(best.get(operator.path, math.inf), move if math.isfinite(move) else math.inf)
+    ranked = sorted(best, key=lambda path: best[path])
+    return (moves / best[ranked[competing(ranked, k) - 1]]).log().abs().nan_to_num(0.0)
 
 
 def _log_ratios(real: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:

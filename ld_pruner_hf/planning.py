@@ -32,18 +32,7 @@ from .surgery import architecture_of, check_replaceable, count_params, weights_o
 LAST_SCORES = "_ld_pruner_scores"
 LAST_CONDITION = "_ld_pruner_condition"
 """The first condition of the last `score`: where `prune` is given none, one call with it says what nothing uses any more."""
-OPERATORS_ONLY = (
-    "include",
-    "exclude",
-    "kinds",
-    "standins",
-    "effort",
-    "k",
-    "budget",
-    "skip_free",
-    "resume_from",
-    "on_cost",
-)
+OPERATORS_ONLY = ("include", "exclude", "kinds", "standins", "effort", "k", "skip_free", "resume_from", "on_cost")
 """Arguments of `score` that say which operators to score, and how to go on with it."""
 SCORING_ONLY = ("criterion", "pooled", "calibration", *OPERATORS_ONLY)
 """Arguments of `score` that concern neither the conditions nor the pipeline's call."""
@@ -302,9 +291,6 @@ def _find_scores(
         how = {**score_kwargs, **({"criterion": criterion} if criterion else {})}
         if goal.unit == "operators" and goal.rounds == 1 and SEVERAL not in component:
             how["k"] = int(goal.amount)
-        elif goal.unit != "operators" and goal.rounds == 1 and how.get("effort", "exact") != "exact":
-            total = _total(pipe, component_of(pipe, component), component, goal.unit, score_kwargs)
-            how["budget"] = goal.unit, goal.amount * total
         scores = score(pipe, component=component, **how)
     if not isinstance(scores, OperatorScores):
         raise ValueError(

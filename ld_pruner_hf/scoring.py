@@ -48,13 +48,11 @@ from .profiling import peak_memory, run, weights_memory
 from .replacements import stand_in_cost
 from .reuse import FirstStep
 from .scores import LATENT_SHIFT, MEASURED_ALONE, OperatorScore, OperatorScores, RowFile, check_criterion
-from .selection import agreement, check_k, far_from_budget, far_from_k, innermost, top_k
+from .selection import agreement, check_k, innermost, top_k
 from .surgery import applied, architecture_of, check_replaceable, weights_of
 from .trajectory import Moment, calibration_set, evenly, output_tensor, record_run
 from .twins import Key, find_twins
 
-OPERATORS_OF_A_BUDGET = 10
-"""A budget usually takes out one of so many."""
 Measure = Callable[[Operator, StandInSpec], dict[str, Any]]
 
 
@@ -199,7 +197,6 @@ def score_operators(
     calibration: int = 64,
     effort: str = "exact",
     k: int | None = None,
-    budget: tuple[str, float] | None = None,
     skip_free: bool = False,
     given: Iterable[Modification] = (),
     resume_from: Any = None,
@@ -236,8 +233,6 @@ def score_operators(
             denoiser inputs (see `effort` and docs/scoring.md). Estimates go by "latent-shift"; its parts are set equal, and
             stand for the two halves of the latents instead of the conditions.
         k: how many operators will be taken out, if that is known: estimates are then refined where that choice is made.
-        budget: the same for a budget: what it counts and how much of that will be saved, as for `selection.ratio`; `prune` and
-            `make_plan` pass it on.
         skip_free: leave out stand-ins that take away neither parameters nor MACs (for activations, say): they cannot be chosen
             then, and save next to no time.
         given: modifications that are in place while each operator is scored; the distances are those of all together from
@@ -268,8 +263,6 @@ def score_operators(
     _check_effort(effort, criterion, given)
     if k is not None:
         check_k(k)
-        if budget is not None:
-            raise ValueError(f"k and budget: got {k} and {budget}, expected one of them at most")
     quiet = bool(getattr(pipe, "_progress_bar_config", {}).get("disable", False))
     call_kwargs |= steps_argument(pipe, num_inference_steps)
     conditions = make_conditions(pipe, conditions, call_kwargs)
@@ -293,7 +286,6 @@ def score_operators(
             **({"effort": effort} if effort != "exact" else {}),
             **({"skip_free": True} if skip_free else {}),
             **({"k": k} if effort != "exact" and k is not None else {}),
-            **({"budget": list(budget)} if effort != "exact" and budget is not None else {}),
         }
         scores = OperatorScores(
             (), architecture_of(model), weights_of(model), type(model).__name__, component, settings, criterion
@@ -315,15 +307,9 @@ def score_operators(
         if on_cost is not None:
             on_cost(_cost(pipe, component, todo, run_of, criterion, effort, calibration))
 
-        def far(rows: Sequence[OperatorScore]) -> list[float]:
-            estimated = replace(scores, rows=tuple(rows))
-            return far_from_budget(estimated, *budget) if budget else far_from_k(estimated, k or 1)
-
         def start() -> tuple[Measure, Mapping[Key, Key]]:
             if effort != "exact":
-                goal = far if k or budget else None
-                roughly = len(todo) // OPERATORS_OF_A_BUDGET if budget else k
-                return _estimated(pipe, component, todo, run_of, pooled, effort, roughly, goal, seed, quiet), {}
+                return _estimated(pipe, component, todo, run_of, pooled, effort, k, seed, quiet), {}
             if criterion not in LATENT_SHIFT:
                 return _measured_alone(pipe, component, criterion, free, given, run_of, calibration, seed), {}
             one = output_sets(pipe, component, conditions[:1], settings["seeds"][:1], 1, pooled)
@@ -534,15 +520,10 @@ def _estimated(
     pooled: bool,
     effort: str,
     k: int | None,
-    far: Callable[[Sequence[OperatorScore]], list[float]] | None,
     seed: int,
     quiet: bool,
 ) -> Measure:
-    """Estimates of all rows, from both halves of the latents where there are two.
-
-    Args:
-        far: how far each row is from the cut, if it is known what will be taken out.
-    """
+    """Estimates of all rows, from both halves of the latents where there are two."""
     if record_call(pipe, component, run_of["conditions"][0]).method == "decode":
         raise ValueError(f"effort: got {effort!r} for {component!r}, which decodes; use effort='exact'")
     model: nn.Module = getattr(pipe, component)
@@ -552,42 +533,22 @@ def _estimated(
     chosen = evenly(conditions, budget.latents)
     per_condition = max(1, round(budget.latents / len(chosen)))
     jobs = make_jobs(pipe, chosen, seeds[:per_condition], min(run_of["batch_size"], ROWS_IN_A_CALL))
-    n = len(seeds) * (len(conditions) if pooled else 1)
-    sets = 1 if pooled else len(conditions)
-
-    def measured(moves: torch.Tensor) -> Measure:
-        # Of n latents that move independently by m each: avg_dist = std_dist = m / sqrt(n).
-        shifts = (sets * moves / (math.sqrt(n) * len(moves))).T.tolist()
-        by_row = {(o.path, s.name): tuple(parts) for (o, s), parts in zip(todo, shifts, strict=True)}
-
-        def look_up(operator: Operator, spec: StandInSpec) -> dict[str, Any]:
-            parts = by_row[operator.path, spec.name]
-            if not all(map(math.isfinite, parts)):
-                raise FloatingPointError("no finite estimate; score it with effort='exact'")
-            return {"avg_dist": parts, "std_dist": parts if n > 1 else (0.0,) * len(parts)}
-
-        return look_up
-
-    def far_by_moves(moves: torch.Tensor) -> torch.Tensor:
-        assert far is not None
-        look_up = measured(moves)
-        return torch.tensor(far([_measure_one(*row, look_up) for row in todo]))
-
     bar = tqdm(total=budget.refined, desc="trajectory errors", unit="op", disable=quiet, leave=False)
     with bar, _differentiating(pipe, effort):
-        moves = estimate_moves(
-            pipe,
-            model,
-            jobs,
-            todo,
-            budget,
-            seed,
-            steps,
-            far_by_moves if far else None,
-            run_of["batch_size"],
-            bar.update,
-        )
-    return measured(moves)
+        moves = estimate_moves(pipe, model, jobs, todo, budget, seed, steps, k, run_of["batch_size"], bar.update)
+    # Of n latents that move independently by m each: avg_dist = std_dist = m / sqrt(n).
+    n = len(seeds) * (len(conditions) if pooled else 1)
+    sets = 1 if pooled else len(conditions)
+    shifts = (sets * moves / (math.sqrt(n) * len(moves))).T.tolist()
+    by_row = {(o.path, s.name): tuple(parts) for (o, s), parts in zip(todo, shifts, strict=True)}
+
+    def look_up(operator: Operator, spec: StandInSpec) -> dict[str, Any]:
+        parts = by_row[operator.path, spec.name]
+        if not all(map(math.isfinite, parts)):
+            raise FloatingPointError("no finite estimate; score it with effort='exact'")
+        return {"avg_dist": parts, "std_dist": parts if n > 1 else (0.0,) * len(parts)}
+
+    return look_up
 
 
 def _measured_alone(

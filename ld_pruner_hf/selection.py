@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 import numpy as np
 
 from .plan import is_inside
-from .scores import NORMS, OperatorScore, OperatorScores, additive
+from .scores import OperatorScore, OperatorScores, additive
 
 SAVINGS: dict[str, Callable[[OperatorScore], float]] = {
     "params": lambda row: row.params_removed,
@@ -94,18 +94,6 @@ def competing(ranked: Sequence[str], k: int) -> int:
         if len(free) == k:
             return n
     return len(ranked)
-
-
-def far_from_k(scores: OperatorScores, k: int) -> list[float]:
-    """How far each row is from where `top_k` chooses: | log | of its score by that of the last operator that competes for k places."""
-    ranked = [row for row in scores.ranked() if row.error is None]
-    cut = ranked[competing([row.path for row in ranked], k) - 1].score(scores.criterion)
-    return [_log_ratio(row.score(scores.criterion), cut) for row in scores]
-
-
-def _log_ratio(a: float, b: float) -> float:
-    """Of two scores, its size; 0 where there is none."""
-    return abs(math.log(a / b)) if 0 < a < math.inf and 0 < b < math.inf else 0.0
 
 
 def _lost(leaves: set[str], path: str) -> int:
@@ -251,23 +239,6 @@ def knapsack(scores: OperatorScores, unit: str, target: float, criterion: str | 
             return _in_order(scores, [rows[i] for i in chosen])
         margin = max(2 * margin, 1e-6)  # the solver took a hair less than the target for enough
     return greedy  # the target is so close to the largest saving that only exact arithmetic reaches it
-
-
-def far_from_budget(scores: OperatorScores, unit: str, target: float) -> list[float]:
-    """How far each row is from where `ratio` chooses: | log | of its score by the one at which it would cost as much damage per
-    unit saved as the dearest row that is taken. Infinite where it saves nothing. ValueError as for `ratio`."""
-
-    def price(row: OperatorScore) -> float:
-        return additive(scores.criterion, row.score(scores.criterion)) / SAVINGS[unit](row)
-
-    dearest = max(map(price, ratio(scores, unit, target)))
-
-    def far(row: OperatorScore) -> float:
-        if SAVINGS[unit](row) <= 0:
-            return math.inf
-        return _log_ratio(price(row), dearest) / (2 if scores.criterion in NORMS else 1)
-
-    return [far(row) for row in scores]
 
 
 def ratio(

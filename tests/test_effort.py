@@ -12,11 +12,10 @@ import recent_families  # noqa: F401
 import tiny
 import torch
 import video_families  # noqa: F401
-from test_scores import scores
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ld_pruner_hf import OperatorScores, PlanError, effort, linear, make_plan, score_cost, scoring
+from ld_pruner_hf import OperatorScores, PlanError, effort, linear, make_plan, score_cost
 from ld_pruner_hf.effort import EFFORTS, Budget
 from ld_pruner_hf.latents import RecordedCall, final_latents, make_jobs, preserved
 from ld_pruner_hf.linear import backward_memory, linear_run, random_direction, sorts_of
@@ -24,8 +23,6 @@ from ld_pruner_hf.operators import find_operators
 from ld_pruner_hf.plan import Modification, OutputRule, StandInSpec
 from ld_pruner_hf.profiling import peak_memory_of, run, weights_memory
 from ld_pruner_hf.replacements import StandIn
-from ld_pruner_hf.scores import OperatorScore
-from ld_pruner_hf.selection import far_from_budget, far_from_k
 from ld_pruner_hf.surgery import applied, get_operator
 from ld_pruner_hf.trajectory import Moment, output_tensor
 
@@ -384,18 +381,8 @@ def measured_rows(pipe, monkeypatch, k, refined=6):
     monkeypatch.setattr(effort, "applied", applying)
     monkeypatch.setattr(effort, "_refined", refining)
     budget = Budget(latents=2, refined=refined, points=8)
-
-    def far(moves):
-        rows = [
-            OperatorScore(o.path, o.kind, s, (m,), (0.0,))
-            for (o, s), m in zip(todo, moves.mean(0).tolist(), strict=True)
-        ]
-        return torch.tensor(far_from_k(scores(*rows), k))
-
     with preserved(pipe):
-        moves = effort.estimate_moves(
-            pipe, pipe.unet, jobs_of(pipe), todo, budget, 0, 3, far if k else None, 8, lambda: None
-        )
+        moves = effort.estimate_moves(pipe, pipe.unet, jobs_of(pipe), todo, budget, 0, 3, k, 8, lambda: None)
     return order, todo, linear[0].mean(0), moves.mean(0)
 
 
@@ -425,20 +412,6 @@ def test_prune_says_how_many_and_keeps_how_sure_the_choice_is(pipe, capsys, monk
     assert plan.how["settings"]["k"] == 5 and 0 <= plan.how["agreement"] <= 1
     assert "two halves of the scores agree on" in str(plan)
     assert "% of 5\n" in capsys.readouterr().err
-
-
-def test_prune_says_how_much_of_what(pipe, monkeypatch):
-    monkeypatch.setitem(EFFORTS, "balanced", 4)
-    asked = []
-    monkeypatch.setattr(scoring, "far_from_budget", lambda *args: asked.append(args[1:]) or far_from_budget(*args))
-    plan = make_plan(pipe, params=0.05, method="ratio", effort="balanced", conditions=tiny.PROMPTS, **PART)
-    target = 0.05 * pipe.unet.num_parameters()
-    assert plan.how["settings"]["budget"] == ["params", target] and set(asked) == {("params", target)}
-    assert "budget" not in make_plan(pipe, params=0.05, conditions=tiny.PROMPTS, **PART).how["settings"]
-    with pytest.raises(ValueError, match="k and budget: got 3 and"):
-        pipe.score("pizza", k=3, budget=("params", 1e3), effort="balanced", **PART)
-    with pytest.raises(ValueError, match="cannot be saved; the largest reachable saving is"):
-        make_plan(pipe, params=0.9, effort="balanced", conditions=tiny.PROMPTS, **PART)
 
 
 def test_rounds_and_joint_damage_are_exact_and_say_so_at_once(pipe, monkeypatch):

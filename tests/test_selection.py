@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +14,7 @@ from test_scores import row, scores
 from ld_pruner_hf import agreement, top_k
 from ld_pruner_hf.plan import is_inside
 from ld_pruner_hf.planning import Goal, _agreement
-from ld_pruner_hf.selection import check_k, competing, far_from_budget, far_from_k, innermost, least_important, ratio
+from ld_pruner_hf.selection import check_k, competing, innermost, least_important
 
 
 def table(**values: float):
@@ -42,27 +41,6 @@ def test_a_block_is_passed_over_if_k_would_be_out_of_reach():
     assert paths(top_k(s, 1)) == ["x"]
     assert paths(top_k(s, 2)) == ["x.a", "x.b"], "both are less important than y"
     assert paths(top_k(s, 3)) == ["x.a", "x.b", "y"]
-
-
-def test_how_far_rows_are_from_the_cut_of_k():
-    s = table(a=1, b=2, b_c=4, d=8, e=16)
-    assert far_from_k(s, 2) == pytest.approx([math.log(n) for n in (2, 1, 2, 4, 8)]), "a and b"
-    assert far_from_k(s, 3) == pytest.approx([math.log(n) for n in (8, 4, 2, 1, 2)]), "a, b or b.c, and d"
-    failed = replace(s, rows=(*s.rows, row("f", (), (), error="no")))
-    assert far_from_k(failed, 2)[-1] == 0, "whatever is known of it is not enough"
-
-
-def test_how_far_rows_are_from_the_cut_of_a_budget():
-    s = table(a=1, b=2, c=3, d=4)
-    s = replace(s, rows=tuple(replace(r, macs_removed=n) for r, n in zip(s, (10, 10, 40, 0), strict=True)))
-    assert paths(ratio(s, "macs", 45)) == ["a", "c"]
-    # Damage is the score's square: c costs 9 / 40 a MAC, a 1 / 10, b 4 / 10.
-    expected = [math.log(9 / 4) / 2, math.log(16 / 9) / 2, 0, math.inf]
-    assert far_from_budget(s, "macs", 45) == pytest.approx(expected)
-    twice = replace(s, rows=tuple(replace(r, avg_dist=tuple(2 * v for v in r.avg_dist)) for r in s))
-    assert far_from_budget(twice, "macs", 45) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="the largest reachable saving is 60 macs"):
-        far_from_budget(s, "macs", 61)
 
 
 def test_agreement_of_two_halves_of_the_conditions():
