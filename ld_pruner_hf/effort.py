@@ -29,7 +29,7 @@ from .selection import competing
 from .surgery import applied
 from .trajectory import Moment, evenly, output_tensor, rows_of
 
-EFFORTS = {"exact": 1, "balanced": 50, "fast": 450}
+EFFORTS = {"exact": 1, "balanced": 55, "fast": 450}
 """effort -> the denoiser inputs of the paper's loop, for each that is spent. "exact" is the loop itself, and the definition.
 
 They go through the denoiser in larger batches than the loop's, so that the time becomes less still.
@@ -39,7 +39,7 @@ MAX_LATENTS = 16
 ROWS_IN_A_CALL = 12
 AROUND = {"balanced": 4.0, "fast": 1.0}
 """effort -> denoiser calls' worth of MACs for each call, to run the modules around operators."""
-REFINEMENT_POINTS = 24, 64
+REFINEMENT_POINTS = 32, 64
 STAGES, SURE = 4, 3.0
 """Refinement near the cut is done in so many stages, and stops where rows are so many standard deviations away from it."""
 LINEAR_SHARE, LINEAR_COST = 0.4, 4.5
