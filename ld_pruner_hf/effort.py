@@ -29,7 +29,7 @@ from .selection import competing
 from .surgery import applied
 from .trajectory import Moment, evenly, output_tensor, rows_of
 
-EFFORTS = {"exact": 1, "balanced": 55, "fast": 450}
+EFFORTS = {"exact": 1, "balanced": 60, "fast": 450}
 """effort -> the denoiser inputs of the paper's loop, for each that is spent. "exact" is the loop itself, and the definition.
 
 They go through the denoiser in larger batches than the loop's, so that the time becomes less still.

@@ -229,7 +229,7 @@ def score_operators(
             rounding goes.
         calibration: how many inputs of the denoiser (a latent at a step) output-error, block-influence and taylor look at;
             they are spread over conditions and steps of the original runs.
-        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 55th and a 450th of its
+        effort: "exact" is the loop above; "balanced" and "fast" estimate the latent shifts for a 60th and a 450th of its
             denoiser inputs (see `effort` and docs/scoring.md). Estimates go by "latent-shift"; its parts are set equal, and
             stand for the two halves of the latents instead of the conditions.
         k: how many operators will be taken out, if that is known: estimates are then refined where that choice is made.
