@@ -36,6 +36,8 @@ def find_twins(
         run: runs the model on what it is judged by, or on a part of that. step: a part of it, and returns what comes out.
     """
     search = _Search(model, todo)
+    if not search.pairs:
+        return {}
     with search.looking(), torch.no_grad():
         run()
     rows = {_key(row): row for row in (Modification(o.path, o.kind, spec) for o, spec in todo)}

@@ -76,6 +76,12 @@ def test_twins_of_twins_lead_to_the_outermost():
     assert found == {(f"blocks.0.0{n}", s): ("blocks.0", "identity") for n, s in (("", "identity"), (".last", "zero"))}
 
 
+def test_nothing_runs_where_no_module_lies_in_another():
+    model = Model(Residual())
+    rows = [row for row in rows_of(model) if row[0].kind == "Linear"]
+    assert find_twins(model, rows, lambda: pytest.fail("ran"), lambda: pytest.fail("ran")) == {}
+
+
 def test_what_differs_in_a_later_call_is_no_twin():
     time = [0.0]
     model = Model(Residual(gate=lambda: time[0]))
