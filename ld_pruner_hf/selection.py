@@ -135,7 +135,7 @@ def _usable(
     return rows, [SAVINGS[unit](r) for r in rows], [additive(criterion, r.score(criterion)) for r in rows]
 
 
-def _ancestors(path: str, among: Container[str]) -> list[str]:
+def ancestors(path: str, among: Container[str]) -> list[str]:
     """Those of `among` that enclose `path`, outermost first."""
     parts = path.split(".")
     return [p for p in (".".join(parts[:i]) for i in range(1, len(parts))) if p in among]
@@ -151,7 +151,7 @@ def _largest(rows: Sequence[OperatorScore], savings: Sequence[float], fixed: Ite
     total = 0.0
     for path in sorted(own, key=lambda p: -p.count(".")):  # innermost first
         best = held[path] if path in held else max(own[path], inside[path])
-        parents = _ancestors(path, own)
+        parents = ancestors(path, own)
         if parents:
             inside[parents[-1]] += best
         else:
@@ -218,7 +218,7 @@ def knapsack(scores: OperatorScores, unit: str, target: float, criterion: str | 
     innermost_paths = [p for p in at if not any(is_inside(q, p) for q in at)]
     chains = np.zeros((len(innermost_paths), len(rows)))  # along each line of nested operators at most one is taken
     for line, path in enumerate(innermost_paths):
-        for p in (path, *_ancestors(path, at)):
+        for p in (path, *ancestors(path, at)):
             chains[line, at[p]] = 1
     greedy = ratio(scores, unit, target, criterion)
     damage_of = dict(zip((row.key for row in rows), damages, strict=True))
@@ -266,7 +266,7 @@ def ratio(
     _check_target(unit, target, _largest(rows, savings))
     inside: dict[str, set[str]] = {row.path: set() for row in rows}
     for path in inside:
-        for p in _ancestors(path, inside):
+        for p in ancestors(path, inside):
             inside[p].add(path)
     chosen = {row.path: len(rows) - len(start) + i for i, row in enumerate(start)}
     barred: set[int] = set()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .latents import patched
 from .plan import Modification, Operator, StandInSpec
 from .reuse import has_own_processor, same, versions
+from .selection import ancestors
 from .surgery import applied, get_operator, make_stand_in, paths_of, replace_modules
 
 Key = tuple[str, str]
@@ -71,9 +72,9 @@ class _Search:
                 rows.setdefault(operator.path, []).append(Modification(operator.path, operator.kind, spec))
         self.pairs: dict[str, list[_Pair]] = {}
         for path, inner in rows.items():
-            around = _nearest_around(path, rows)
-            if around and not any(map(has_own_processor, get_operator(model, around).modules())):
-                self.pairs.setdefault(around, []).extend((a, b) for a in inner for b in rows[around])
+            for around in ancestors(path, rows)[-1:]:  # the innermost
+                if not any(map(has_own_processor, get_operator(model, around).modules())):
+                    self.pairs.setdefault(around, []).extend((a, b) for a in inner for b in rows[around])
         self.same: set[tuple[Key, Key]] = set()
         self._running: Counter[str] = Counter()
         self._comparing = False
@@ -163,15 +164,6 @@ class _Search:
 
 def _key(row: Modification) -> Key:
     return row.path, row.stand_in.name
-
-
-def _nearest_around(path: str, paths: Collection[str]) -> str | None:
-    """The innermost of `paths` that the module at `path` lies in."""
-    while path:
-        path = path.rpartition(".")[0]
-        if path in paths:
-            return path
-    return None
 
 
 def _lists_copied(given: Any) -> Any:

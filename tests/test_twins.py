@@ -159,7 +159,8 @@ def test_twins_are_measured_once_and_resume(pipe, tmp_path, monkeypatch):
 
 def test_other_criteria_measure_every_row(pipe, monkeypatch):
     monkeypatch.setattr(scoring, "find_twins", lambda *_: pytest.fail("looked for"))
-    pipe.score(criterion="output-error", calibration=2, include="mid_block*", **HOW)
+    scores = pipe.score(criterion="output-error", calibration=2, include="mid_block*", **HOW)
+    assert len(scores) and all(row.error is None and row.output_error >= 0 for row in scores)
 
 
 def test_they_are_found_beside_what_is_given(pipe):
